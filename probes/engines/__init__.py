@@ -1,0 +1,138 @@
+"""The contract every engine keeps: read, edit, generate, logits. Values agree between engines.
+
+An engine knows one library (plain transformers hooks, TransformerLens, nnsight) and nothing of
+tokenisers, prompts or stores. Engines are opened by name, so that only the one asked for is
+imported.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from probes.layout import Layout
+from probes.sites import Site
+
+ENGINES = ("transformers", "transformer_lens", "nnsight")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids with their mask. Pads may stand on either side; positions follow the mask."""
+
+    ids: Int[Tensor, "batch seq"]
+    mask: Int[Tensor, "batch seq"]
+    """1 at real tokens, 0 at pads."""
+
+    @property
+    def positions(self) -> Int[Tensor, "batch seq"]:
+        """Position of each token in its own prompt, 0 at pads before it."""
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Where:
+    """What an edit is told about the pass it acts in."""
+
+    step: int
+    """0 when the prompt is read; i >= 1 when the i-th generated token is."""
+    mask: Bool[Tensor, "batch seq"]
+    """Real tokens among those in this pass."""
+
+
+EditFunction = Callable[[Tensor, Where], Tensor]
+"""Takes `[batch, seq, width]` (or `[batch, seq, head, width]` for a whole part with heads) and
+gives a new tensor of the same shape; the input must not be changed in place."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one activation. What flows on through the model is `function(h, where)`."""
+
+    site: Site
+    function: EditFunction
+    scope: str = "all"
+    """"all", "prompt" or "generated": the passes in which it acts."""
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("all", "prompt", "generated"):
+            raise ValueError(
+                f"edit scope {self.scope!r}: expected 'all', 'prompt' or 'generated' tokens"
+            )
+
+    def acts(self, step: int) -> bool:
+        return self.scope == "all" or (self.scope == "prompt") == (step == 0)
+
+    def apply(self, h: Tensor, where: Where) -> Tensor:
+        """The edited activation; a result of another shape is an error, not a broadcast."""
+        new = self.function(h, where)
+        if new.shape != h.shape:
+            raise ValueError(
+                f"the edit at {self.site} returned shape {tuple(new.shape)}, expected "
+                f"{tuple(h.shape)}: return a tensor of the shape that came in"
+            )
+        return new.to(h.dtype)
+
+
+Keep = Callable[[Tensor], Tensor]
+
+
+def whole(h: Tensor) -> Tensor:
+    """Keep everything; a copy, because some blocks add into their own tensors later."""
+    return h.clone()
+
+
+class Engine(Protocol):
+    """Runs one model. All tensors live on the model's device, in its dtype."""
+
+    name: str
+    layout: Layout
+
+    def read(self, batch: Batch, sites: Sequence[Site], keep: Keep = whole) -> dict[Site, Tensor]:
+        """Activations in one forward pass that ends at the deepest site.
+
+        `[batch, seq, d_model]`; for parts with heads `[batch, seq, head, width]` or, when the
+        site names a head, `[batch, seq, width]`. The width of `pattern` is the key position, so
+        it reads `[batch, query, head, key]`. Values at pads are undefined. Edits in force are
+        seen. `keep` takes each of these tensors during the pass and gives what is kept of it, so
+        that a read never holds more than it was asked for.
+        """
+        ...
+
+    def edit(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """While open, every read, logits and generate runs with these edits, in this order."""
+        ...
+
+    def logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
+        """Next-token logits at every position."""
+        ...
+
+    def generate(
+        self, batch: Batch, max_new_tokens: int, stop_ids: Sequence[int], pad_id: int
+    ) -> Int[Tensor, "batch new"]:
+        """Greedy continuation of left-padded prompts, filled with `pad_id` after a stop id."""
+        ...
+
+
+def open_engine(name: str, model: nn.Module, layout: Layout) -> Engine:
+    """The engine of that name around a loaded transformers model."""
+    if name == "transformers":
+        from probes.engines.hooks import HookEngine
+
+        return HookEngine(model, layout)
+    if name == "transformer_lens":
+        from probes.engines.lens import LensEngine
+
+        return LensEngine(model, layout)
+    if name == "nnsight":
+        from probes.engines.trace import TraceEngine
+
+        return TraceEngine(model, layout)
+    raise ValueError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")

@@ -1,0 +1,1 @@
+"""The lineage that ships: SmolLM2-135M-Instruct and small adapters that align it and let it drift."""
