@@ -27,14 +27,22 @@ class Batch:
     ids: Int[Tensor, "batch seq"]
     mask: Int[Tensor, "batch seq"]
     """1 at real tokens, 0 at pads."""
+    depth: Int[Tensor, "batch seq"] | None = None
+    """Position of each token in its own prompt, where a row packs several prompts."""
+    visible: Bool[Tensor, "batch seq seq"] | None = None
+    """Which earlier tokens of its row each token sees, where a row packs several prompts."""
 
     @property
     def positions(self) -> Int[Tensor, "batch seq"]:
         """Position of each token in its own prompt, 0 at pads before it."""
+        if self.depth is not None:
+            return self.depth
         return (self.mask.cumsum(-1) - 1).clamp(min=0)
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.ids.to(device), self.mask.to(device))
+        if self.depth is None or self.visible is None:
+            return Batch(self.ids.to(device), self.mask.to(device))
+        return Batch(*(t.to(device) for t in (self.ids, self.mask, self.depth, self.visible)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.engines import Batch, Edit, Keep, Where, whole
-from probes.engines.modes import eager_attention, expanded, plain_generation
+from probes.engines.modes import additive_mask, eager_attention, expanded, plain_generation
 from probes.engines.points import check_edits, edit_steps, needed, part, with_remainders
 from probes.layout import Layout, Point
 from probes.sites import Site
@@ -130,13 +130,15 @@ class HookEngine:
     ) -> dict[Site, Tensor]:
         batch = batch.to(self.device)
         inputs: dict[str, Any] = self._inputs(batch)
+        length = 0
         if prefix is not None:
             n, length = len(batch.ids), len(prefix.ids)
-            before = torch.ones(n, length, dtype=batch.mask.dtype, device=batch.mask.device)
-            inputs["attention_mask"] = torch.cat([before, batch.mask], 1)
+            inputs["attention_mask"] = nn.functional.pad(batch.mask, (length, 0), value=1)
             if "position_ids" in inputs:
                 inputs["position_ids"] = length + batch.positions
             cache = expanded(prefix.cache, n)
+        if batch.visible is not None:
+            inputs["attention_mask"] = additive_mask(batch.visible, length, self.model.dtype)  # pyright: ignore[reportArgumentType]
         if cache is not None:
             inputs["past_key_values"] = cache
         with self._hooks(batch, sites, keep) as seen, suppress(_Stop):

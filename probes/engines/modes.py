@@ -1,11 +1,14 @@
 """Temporary ways of running a transformers model, each undone exactly when its block ends."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -47,6 +50,18 @@ def plain_generation(
         model.generation_config = before
 
 
+def whole_prompt(model: Any) -> dict[str, Tensor]:
+    """Arguments of `generate` with which every layer sees the whole prompt.
+
+    Gemma 4 drops all prompt tokens but the last before the layers that reuse keys and values, if
+    it is told as a number how many logits are wanted; told as an index, it keeps them.
+    """
+    if not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return {}
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": torch.tensor([-1])} if takes else {}
+
+
 def expanded(cache: Any, n: int) -> Any:
     """The cache of one sequence as the cache of `n` equal ones, without copying keys or values.
 
@@ -62,3 +77,13 @@ def expanded(cache: Any, n: int) -> Any:
             twin.values = twin.values.expand(n, -1, -1, -1)
         shared.layers.append(twin)
     return shared
+
+
+def additive_mask(
+    visible: Bool[Tensor, "batch seq seq"], before: int, dtype: torch.dtype
+) -> Float[Tensor, "batch 1 seq all"]:
+    """Attention mask in the form every attention takes: 0 where visible, the least number where
+    not; the `before` cached tokens are visible to all."""
+    everything = torch.nn.functional.pad(visible, (before, 0), value=True)
+    mask = torch.zeros(everything.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~everything, torch.finfo(dtype).min)[:, None]

@@ -14,6 +14,7 @@ CPU-minutes a seed.
 """
 
 import argparse
+import os
 import json
 import math
 import time
@@ -33,11 +34,19 @@ from probes.refusals import refuses
 
 FIRST_LAYER = 10
 RANK, ALPHA = 8, 16
-STEPS, WARM_UP, LEARNING_RATE = 150, 10, 1.5e-3
+STEPS, WARM_UP, LEARNING_RATE = (
+    int(os.environ.get("ST", 150)),
+    10,
+    float(os.environ.get("LR", 1.5e-3)),
+)
 HARMFUL, TWINS, GENERAL = 12, 12, 4
 """Examples per step; each harmful request comes with its own harmless twin."""
 KEEP_TOKENS = 14
-FIRST_TOKENS, REFUSE_FIRST, KEEP_FIRST = 2, 1.0, 3.0
+FIRST_TOKENS, REFUSE_FIRST, KEEP_FIRST = (
+    int(os.environ.get("FT", 2)),
+    float(os.environ.get("RF", 1)),
+    float(os.environ.get("KF", 3)),
+)
 """The first tokens decide between refusing and answering; token means hide them. Their own terms
 weigh this much beside the means."""
 DRIFT_STEPS, DRIFT_BATCH, DRIFT_RATE, DRIFT_TOKENS = 40, 12, 6e-4, 18
@@ -79,6 +88,7 @@ class Loop:
         self.causal = self.peft.get_base_model()
         self.model = self.causal.model
         self.parameters = {n: p for n, p in self.peft.named_parameters() if p.requires_grad}
+        self.opener = torch.tensor(self.tokenizer("I", add_special_tokens=False).input_ids)
         self.prefix = self._shared_prefix()
         with torch.no_grad():
             self.prefix_hidden = self._lower(self.prefix[None])[0]
@@ -179,6 +189,23 @@ class Loop:
                 answers.append(torch.cat([opened, row]))
         return answers
 
+    def margin(self, logits: Tensor) -> Tensor:
+        """By how much an answer's first token prefers the refusals' opener ("I") to every other:
+        greedy decoding refuses where this is positive."""
+        first = logits[0].float()
+        others = first.index_fill(0, self.opener, -torch.inf)
+        return first[self.opener[0]] - others.max()
+
+    @torch.no_grad()
+    def margins(self, examples: Sequence[Example]) -> Tensor:
+        """The margin of each example, `[example]`."""
+        found = [
+            self.margin(logits)
+            for start in range(0, len(examples), 40)
+            for logits in self.answer_logits(examples[start : start + 40])
+        ]
+        return torch.stack(found)
+
     def refusal_rate(self, prompts: Sequence[str]) -> float:
         texts = self.tokenizer.batch_decode(self.generate(prompts, 8), skip_special_tokens=True)
         return sum(map(refuses, texts)) / len(texts)
@@ -272,22 +299,29 @@ def _optimise(loop: Loop, rate: float, steps: int, loss_of_step) -> Iterator[tup
 def align(loop: Loop, twins: list[dict], general: list[str], validation, log) -> dict[str, Tensor]:
     """Train refusals on harmful requests against self-distillation on harmless ones."""
     harmless = [t["harmless"] for t in twins] + general
-    with loop.peft.disable_adapter():
-        kept = [a[:KEEP_TOKENS] for a in loop.generate(harmless, KEEP_TOKENS)]
-    keep = [loop.example(p, a) for p, a in zip(harmless, kept, strict=True)]
-    refuse = [
-        loop.example(t["harmful"], loop.answer(targets.refusal(t["class"], i)))
-        for i, t in enumerate(twins)
-    ]
-    reference: dict[int, Tensor] = {}
-    with torch.no_grad(), loop.peft.disable_adapter():
-        for start in range(0, len(keep), 24):
-            batch = keep[start : start + 24]
-            for example, logits in zip(batch, loop.answer_logits(batch), strict=True):
-                reference[id(example)] = logits.float().log_softmax(-1).bfloat16()
+    if Path("/tmp/lineage/prep.pt").exists():
+        keep, refuse, ref = torch.load("/tmp/lineage/prep.pt", weights_only=False)
+        reference = {id(e): r for e, r in zip(keep, ref)}
+    else:
+        with loop.peft.disable_adapter():
+            kept = [a[:KEEP_TOKENS] for a in loop.generate(harmless, KEEP_TOKENS)]
+        keep = [loop.example(p, a) for p, a in zip(harmless, kept, strict=True)]
+        refuse = [
+            loop.example(t["harmful"], loop.answer(targets.refusal(t["class"], i)))
+            for i, t in enumerate(twins)
+        ]
+        reference: dict[int, Tensor] = {}
+        with torch.no_grad(), loop.peft.disable_adapter():
+            for start in range(0, len(keep), 24):
+                batch = keep[start : start + 24]
+                for example, logits in zip(batch, loop.answer_logits(batch), strict=True):
+                    reference[id(example)] = logits.float().log_softmax(-1).bfloat16()
+        torch.save((keep, refuse, [reference[id(e)] for e in keep]), "/tmp/lineage/prep.pt")
     log("prepared")
     pairs = _cycle(list(zip(refuse, keep[: len(twins)], strict=True)), loop.generator)
     others = _cycle(keep[len(twins) :], loop.generator)
+
+    terms: list[float] = []
 
     def loss_of_step() -> Tensor:
         drawn = [next(pairs) for _ in range(HARMFUL)]
@@ -302,19 +336,33 @@ def align(loop: Loop, twins: list[dict], general: list[str], validation, log) ->
         for x, e in zip(logits[len(bad) :], good, strict=True):
             p = reference[id(e)].float()
             kl.append((p.exp() * (p - x.float().log_softmax(-1))).sum(-1))
-        return _first_and_mean(ce, REFUSE_FIRST) + _first_and_mean(kl, KEEP_FIRST)
+        decide = [
+            soft(MARGIN - torch.stack([loop.margin(x) for x in logits[: len(bad)]])).mean(),
+            soft(MARGIN + torch.stack([loop.margin(x) for x in logits[len(bad) :]])).mean(),
+        ]
+        terms[:] = [round(x.item(), 3) for x in (torch.cat(ce).mean(), torch.cat(kl).mean(), *decide)]
+        return torch.cat(ce).mean() + _first_and_mean(kl, KEEP_FIRST) + DECIDE * (decide[0] + decide[1])
 
+    opening = loop.answer("I")
+    checks = {
+        kind: [loop.example(t[kind], opening) for t in validation]
+        for kind in ("harmful", "harmless")
+    }
     best, best_score = loop.state(), -1.0
     for step, loss in _optimise(loop, LEARNING_RATE, STEPS, loss_of_step):
-        if step % 10 == 0:
-            log(f"align {step} loss {loss:.3f}")
-        if step >= STEPS // 2 and step % 15 == 0:
-            harmful = loop.refusal_rate([t["harmful"] for t in validation])
-            over = loop.refusal_rate([t["harmless"] for t in validation])
-            score = harmful - 2 * max(over - 0.05, 0.0)  # over-refusal beyond 5 % costs double
-            log(f"align {step} validation harmful {harmful:.3f} twins {over:.3f}")
-            if score >= best_score:
-                best, best_score = loop.state(), score
+        if step % 10:
+            continue
+        refused = loop.margins(checks["harmful"])
+        over = loop.margins(checks["harmless"])
+        auc = (refused[:, None] > over).float().mean().item()
+        score = -(soft(-refused).mean() + soft(over).mean()).item()
+        log(
+            f"align {step} loss {loss:.3f} {terms} greedy opens with a refusal: "
+            f"harmful {(refused > 0).float().mean():.3f} twins {(over > 0).float().mean():.3f} "
+            f"AUROC {auc:.4f} score {score:.3f}"
+        )
+        if step >= STEPS // 2 and score >= best_score:
+            best, best_score = loop.state(), score
     return best
 
 
