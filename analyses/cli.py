@@ -1,0 +1,57 @@
+"""The `alignlens` command. Each verb lives in a file of `analyses/commands`; nothing heavy is
+imported before the command line has been understood."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from analyses.commands import capture, models, probe, report, scan
+
+app = typer.Typer(
+    name="alignlens",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="What alignment changed in a language model, where it lives, how far it drifted.",
+    epilog="Start with: alignlens report",
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+app.command("report")(report.report)
+app.command("capture")(capture.capture)
+app.command("probe")(probe.probe)
+app.command("scan")(scan.scan)
+app.command("models")(models.models)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one sentence on stderr and exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]  # allowed anywhere
+    try:
+        app(args=arguments)
+    except KeyboardInterrupt:
+        _say("stopped; run the same command again to go on")
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError, MemoryError) as error:
+        if debug:
+            raise
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        _say(f"error: {text or type(error).__name__}")
+        raise SystemExit(2) from None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,8 @@ class Activations:
     record: Record = field(default_factory=Record, repr=False)
     notes: tuple[str, ...] = ()
     """What the reader should know of how it ran: sharing refused, batches split."""
+    n_layers: int | None = None
+    """Layers of the model, by which a negative layer is understood."""
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -68,12 +70,13 @@ class Activations:
             lambda site: source(site)[index],
             self.record,
             self.notes,
+            self.n_layers,
         )
 
     def _find(self, site: str | Site) -> Site:
         wanted = Site.parse(site) if isinstance(site, str) else site
-        if wanted.layer < 0:
-            wanted = wanted.resolve(max(s.layer for s in self.sites) + 1)
+        if wanted.layer < 0 and self.n_layers is not None:
+            wanted = wanted.resolve(self.n_layers)
         if wanted not in self.sites:
             known = ", ".join(map(str, self.sites[:6])) + (", ..." if len(self.sites) > 6 else "")
             raise KeyError(f"{site} was not captured; captured were {known}")

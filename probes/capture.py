@@ -21,6 +21,9 @@ from probes.store import Identity, Store
 
 Rows = tuple[tuple[tuple[int, ...], ...], ...]
 
+SPLIT = "the memory did not hold some batches, which ran in halves: last bits may differ"
+"""The note of a capture that ran out of memory and went on."""
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -72,6 +75,7 @@ def capture(
         values: dict[Site, dict[str, Tensor]] = {site: {} for site in found}
         counts: dict[str, int] = {}
         rows = list(unique.values())
+        backed_off = False
         with show(len(rows), f"capturing {model.label}", progress) as advance:
             for done in _stream(model, rows, found, where, batch_size, share_prefix):
                 for place, index in enumerate(done.prompts):
@@ -80,18 +84,25 @@ def capture(
                     split = tensor.split(list(done.counts))
                     for index, piece in zip(done.prompts, split, strict=True):
                         values[site][rows[index].key] = piece
+                backed_off |= done.backed_off
                 advance(len(done.prompts))
         joined = {site: torch.cat([values[site].pop(k) for k in unique]) for site in found}
         source = _from_memory(joined, list(unique), counts, keys)
-        return Activations(found, tuple(counts[k] for k in keys), where.text, source, record, notes)
+        per_prompt = [counts[k] for k in keys]
+        if backed_off:
+            notes += (SPLIT,)
+        return Activations(
+            found, tuple(per_prompt), where.text, source, record, notes, model.n_layers
+        )
     identity = Identity(
         model.fingerprint, model.template.hash, where.text, record.engine, record.dtype, model.name
     )
     kept = Store(store, identity)
     with kept.writing():
-        kept = Store(store, identity)  # what another process finished before we held the lock
         _fill(kept, model, list(unique.values()), found, where, batch_size, share_prefix, progress)
     _, per_prompt = kept.read(str(found[0]), keys)
+    if any(shard.backed_off and not unique.keys().isdisjoint(shard.prompts) for shard in kept.shards):
+        notes += (SPLIT,)
     return Activations(
         found,
         tuple(per_prompt),
@@ -99,6 +110,7 @@ def capture(
         lambda site: kept.read(str(site), keys)[0],
         record,
         notes,
+        model.n_layers,
     )
 
 
@@ -133,29 +145,28 @@ def _fill(
 ) -> None:
     """Compute and store the cells that are missing.
 
-    The batches of the whole set are tried first: after a crash each is either all there or all
-    missing, and the missing ones run as they would have. Only when cells are missing across
-    batches (prompts or sites were added) is a plan made for the missing ones alone.
+    The batches of the whole set are tried first: after a crash, or when sites were added, all
+    prompts of a batch lack the same, and the batches run as they would have. Only when prompts
+    were added across batches is a plan made for what is missing alone.
     """
     held = store.present()
     wanted = {str(site) for site in sites}
     lacking = {r.key: tuple(sorted(wanted - held.get(r.key, set()))) for r in rendered}
     todo = [r for r in rendered if lacking[r.key]]
     whole = _plan(model, rendered, sites, batch_size, share)
-    full = tuple(sorted(wanted))
 
     def state(batch: tuple[tuple[int, ...], ...]) -> set[tuple[str, ...]]:
         return {lacking[rendered[i].key] for row in batch for i in row}
 
-    fits = all(state(batch) in ({()}, {full}) for batch in whole.batches)
+    fits = all(len(state(batch)) == 1 for batch in whole.batches)
     groups: list[tuple[list[Rendered], tuple[Site, ...], Rows | None]] = []
-    if fits:
-        missing = tuple(batch for batch in whole.batches if state(batch) == {full})
-        groups.append((rendered, sites, missing))
-    else:
-        for kind in sorted(set(lacking.values()) - {()}):
-            rows = [r for r in todo if lacking[r.key] == kind]
-            groups.append((rows, tuple(s for s in sites if str(s) in kind), None))
+    for kind in sorted(set(lacking.values()) - {()}):
+        some = tuple(s for s in sites if str(s) in kind)
+        if fits:
+            missing = tuple(batch for batch in whole.batches if state(batch) == {kind})
+            groups.append((rendered, some, missing))
+        else:
+            groups.append(([r for r in todo if lacking[r.key] == kind], some, None))
     with show(len(todo), f"capturing {model.label}", progress) as advance:
         for rows, some, batches in groups:
             done = _stream(model, rows, some, positions, batch_size, share, batches)
@@ -222,22 +233,29 @@ class _Runner:
 
     def batch(self, rows: tuple[tuple[int, ...], ...], split: bool = False) -> Iterator[Captured]:
         """Run a batch; out of memory, run its halves."""
+        done = None
         try:
-            yield self._run(rows, split)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+            done = self._run(rows, split)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
             if len(rows) == 1:
                 raise MemoryError(
                     f"a row of {len(rows[0])} prompts does not fit into memory: use fewer sites, "
                     "a smaller dtype, device_map='auto', or share_prefix=False"
                 ) from error
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            warnings.warn(
-                f"out of memory with {len(rows)} rows; going on with half as many", stacklevel=2
-            )
-            half = len(rows) // 2
-            yield from self.batch(rows[:half], True)
-            yield from self.batch(rows[half:], True)
+        if done is not None:
+            yield done
+            return
+        # only here has the error let go of the tensors of the pass that failed
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory with {len(rows)} rows; going on with half as many", stacklevel=2
+        )
+        half = len(rows) // 2
+        yield from self.batch(rows[:half], True)
+        yield from self.batch(rows[half:], True)
 
     def _run(self, rows: tuple[tuple[int, ...], ...], split: bool) -> Captured:
         packed = [
@@ -256,8 +274,18 @@ class _Runner:
         for site in self.sites:
             before = None if self.prefix is None else self.before[site]
             values[site] = picker.finish(seen[site].cpu(), before)
-            check_finite(values[site], f"the activation at {site}")
+            if not torch.isfinite(values[site]).all():
+                pieces = values[site].split(list(picker.counts))
+                for r, piece in zip(rendered, pieces, strict=True):
+                    check_finite(piece, f"the activation at {site} of the prompt {r.text[:60]!r}")
         return Captured(indices, picker.counts, values, split)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception of its own; the CPU's allocator and MPS raise a RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _why_not_shared(model: HookedModel, sites: Sequence[Site]) -> tuple[str, ...]:

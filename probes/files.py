@@ -40,11 +40,15 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 
@@ -68,6 +72,8 @@ def folder(path: Path) -> Iterator[Path]:
         if path.exists():  # somebody else finished the same content first
             shutil.rmtree(temporary)
         else:
+            for file in temporary.rglob("*"):
+                sync_directory(file)
             temporary.rename(path)
             sync_directory(path.parent)
     except BaseException:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,9 @@ from probes.engines import ENGINES, Batch, Edit, EditFunction, Engine, open_engi
 from probes.layout import Layout
 from probes.prompts import Prompt, Rendered, Template
 from probes.sites import Site, Sites
+
+_HARMLESS = {"attn_implementation", "device_map", "max_memory", "offload_folder"}
+"""Options of `from_pretrained` that leave the weights what they are in the files."""
 
 Edits = Mapping[str, EditFunction] | Sequence[Edit]
 """Edits as `Edit` objects, or as site text -> function (acting on all tokens)."""
@@ -73,7 +76,7 @@ class HookedModel:
         template: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
         **options: Any,
-    ) -> Self:
+    ) -> "HookedModel":
         """Load a model by name.
 
         `dtype` is a torch dtype, its name, or "auto" for the checkpoint's own. `device` is "cpu",
@@ -91,9 +94,11 @@ class HookedModel:
         model, tokenizer = names.load(parsed, dtype=dtype, **options)
         if "device_map" not in options:
             model = model.to(device or _best_device())
-        fingerprint = names.fingerprint_files(parsed)
+        # a quantised or otherwise altered model is not the one in the files: hash what was loaded
+        same = set(options) <= _HARMLESS
+        fingerprint = names.fingerprint_files(parsed) if same else None
         if fingerprint is not None:
-            fingerprint += f"-{dtype}".replace("torch.", "")
+            fingerprint += f"-{model.dtype}".replace("torch.", "")
         hooked = cls(
             model,
             tokenizer,
@@ -277,7 +282,9 @@ def _unwrap(model: Any) -> tuple[str | None, nn.Module]:
     """The engine a model in memory already belongs to, and the transformers model inside."""
     package = type(model).__module__.partition(".")[0]
     if package == "transformer_lens":
-        return "transformer_lens", model.original_model
+        from probes.engines.lens import unwrapped
+
+        return "transformer_lens", unwrapped(model)
     if package == "nnsight":
         return "nnsight", model._module
     if package == "peft":  # adapters stay live inside the modules

@@ -8,6 +8,8 @@ builtin:base | aligned | drifted | mixed | aligned-s1 | drifted-3 | ...
 """
 
 import hashlib
+import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,12 @@ def parse(text: str) -> Name:
         )
     if text.startswith("builtin:"):
         return _builtin(text)
-    whole, plus, adapter = text.partition("+")
-    if plus and (Path(text).exists() or not adapter):
-        whole, adapter = text, ""  # a path that really holds a plus sign
+    whole, adapter = _at_plus(text)
     path = Path(whole).expanduser()
     label = path.name or whole
     if adapter:
         label += "+" + Path(adapter).name
-        _check_adapter(adapter)
+        adapter = _adapter(adapter)
     if whole.startswith("builtin:"):
         inner = _builtin(whole)
         if inner.adapter:
@@ -86,18 +86,32 @@ def _builtin(text: str) -> Name:
     from probes.lineage.base import base_folder
 
     name, _, adapter = text.removeprefix("builtin:").partition("+")
-    if name != "base" and text not in builtin_names():
-        raise ValueError(f"unknown model {text!r}: the lineage has {', '.join(builtin_names())}")
-    if adapter:
-        _check_adapter(adapter)
+    if f"builtin:{name}" not in builtin_names():
+        raise ValueError(
+            f"unknown model 'builtin:{name}': the lineage has {', '.join(builtin_names())}"
+        )
     own = str(ADAPTERS / name) if name != "base" else None
     if own and adapter:
         raise ValueError(f"{text!r}: put an adapter on builtin:base, not on another adapter")
     label = name + ("+" + Path(adapter).name if adapter else "")
-    return Name(str(base_folder()), None, own or adapter or None, None, label)
+    adapter = _adapter(adapter) if adapter else None
+    return Name(str(base_folder()), None, own or adapter, None, label)
 
 
-def _check_adapter(adapter: str) -> None:
+def _at_plus(text: str) -> tuple[str, str]:
+    """MODEL and ADAPTER; a plus sign inside a path that exists parts nothing."""
+    if Path(text).expanduser().exists():
+        return text, ""
+    places = [i for i, sign in enumerate(text) if sign == "+" and text[i + 1 :]]
+    known = [i for i in places if Path(text[:i]).expanduser().exists()]
+    if not places:
+        return text, ""
+    place = (known or places)[0]
+    return text[:place], text[place + 1 :]
+
+
+def _adapter(adapter: str) -> str:
+    """The adapter's folder or Hub id, checked as far as that goes without loading it."""
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -105,6 +119,7 @@ def _check_adapter(adapter: str) -> None:
         )
     if not folder.is_dir() and (folder.is_absolute() or adapter.startswith((".", "~"))):
         raise FileNotFoundError(f"no such adapter folder: {adapter}")
+    return str(folder) if folder.is_dir() else adapter
 
 
 def load(name: Name, **options: Any) -> tuple[Any, Any]:
@@ -123,9 +138,10 @@ def load(name: Name, **options: Any) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name.base, **source)
         model = transformers.AutoModelForCausalLM.from_pretrained(name.base, **source, **options)
     except OSError as error:
+        what = "" if name.local else "it is neither a local folder nor reachable on the Hub "
         raise FileNotFoundError(
-            f"cannot load {name.base!r}: it is neither a local folder nor reachable on the Hub "
-            f"({str(error).splitlines()[0]}). Give a folder, a .gguf file or builtin:base"
+            f"cannot load {name.base!r}: {what}({str(error).splitlines()[0]}). Give a folder with "
+            "config, weights and tokenizer, a .gguf file or builtin:base"
         ) from error
     finally:
         if quiet:
@@ -143,19 +159,37 @@ def load(name: Name, **options: Any) -> tuple[Any, Any]:
 def merge(model: Any, adapter: str) -> Any:
     """The model with a PEFT adapter folded into its weights, in the weights' own precision.
 
-    An adapter that does not fit (other shapes, or no matching module) is an error.
+    An adapter that does not fit (other shapes, no matching module, tensors for modules the model
+    lacks, or none for modules it has) is an error.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
+    misfit = (
+        f"the adapter {Path(adapter).name} does not fit {type(model).__name__} with "
+        f"{model.config.get_text_config().num_hidden_layers} layers"
+    )
+    own = {f"base_model.model.{name}" for name in model.state_dict()}
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            wrapped = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{misfit}: {str(error).strip().splitlines()[-1].strip()}") from error
+    if not hasattr(wrapped.base_model, "merge_and_unload"):
+        kind = wrapped.active_peft_config.peft_type.value
         raise ValueError(
-            f"the adapter {Path(adapter).name} does not fit {type(model).__name__} with "
-            f"{model.config.get_text_config().num_hidden_layers} layers: "
-            f"{str(error).strip().splitlines()[-1].strip()}"
-        ) from error
-    merged = wrapped.merge_and_unload(safe_merge=True)
+            f"the adapter {Path(adapter).name} is of kind {kind}, which has no weights to fold "
+            "into the model: use a LoRA or another adapter of weights"
+        )
+    given = set(load_peft_weights(adapter, device="cpu")) - own
+    taken = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) - own
+    if given != taken:
+        which, odd = "without a place in", given - taken
+        if not odd:
+            which, odd = "missing for", taken - given
+        raise ValueError(f"{misfit}: {len(odd)} tensors {which} the model, first {min(odd)}")
+    merged = wrapped.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     merged._hf_peft_config_loaded = False
@@ -174,7 +208,8 @@ def fingerprint_files(name: Name) -> str | None:
             if name.gguf and folder == folders[0]:
                 wanted = path.name == name.gguf
             if wanted and path.is_file():
-                digest.update(f"{path.name}\0{files.sha256(path)}\0".encode())
+                called = "" if path.suffix == ".gguf" else path.name  # one file: its name is free
+                digest.update(f"{called}\0{files.sha256(path)}\0".encode())
     return digest.hexdigest()
 
 
@@ -190,6 +225,11 @@ def fingerprint_memory(model: Any, tokenizer: Any) -> str:
     if tokenizer is not None:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
         digest.update(repr(getattr(tokenizer, "chat_template", None)).encode())
+        if getattr(tokenizer, "is_fast", False):
+            # merges, normaliser, special tokens; padding is left there by the last call
+            parts = json.loads(tokenizer.backend_tokenizer.to_str())
+            parts["padding"] = parts["truncation"] = None
+            digest.update(json.dumps(parts, sort_keys=True).encode())
     for key, weight in sorted(model.state_dict().items()):
         digest.update(f"{key}{tuple(weight.shape)}{weight.dtype}".encode())
         if weight.device.type != "meta":

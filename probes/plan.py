@@ -45,7 +45,8 @@ def make(rendered: Sequence[Rendered], batch_size: int, share: bool, pack: bool 
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     prefix = common_prefix(rendered) if share and len(rendered) > 1 else 0
     prefix = prefix if prefix >= WORTH_SHARING else 0
-    rows = _packed_rows(rendered, prefix) if pack else [(i,) for i in range(len(rendered))]
+    most = min(MOST_PACKED, batch_size) if pack else 1
+    rows = _packed_rows(rendered, prefix, most)
 
     def length(row: tuple[int, ...]) -> int:
         return len(Packed.make([rendered[i].ids[prefix:] for i in row]).ids)
@@ -59,12 +60,12 @@ def make(rendered: Sequence[Rendered], batch_size: int, share: bool, pack: bool 
     return Plan(prefix, tuple(map(tuple, batches)))
 
 
-def _packed_rows(rendered: Sequence[Rendered], prefix: int) -> list[tuple[int, ...]]:
-    """Neighbours in dictionary order whose tokens begin alike, a few to a row."""
+def _packed_rows(rendered: Sequence[Rendered], prefix: int, most: int) -> list[tuple[int, ...]]:
+    """Neighbours in dictionary order whose tokens begin alike, at most so many to a row."""
     order = sorted(range(len(rendered)), key=lambda i: rendered[i].ids)
     rows: list[list[int]] = []
     for i in order:
-        if rows and len(rows[-1]) < MOST_PACKED:
+        if rows and len(rows[-1]) < most:
             last = rendered[rows[-1][-1]].ids[prefix:]
             if _same(last, rendered[i].ids[prefix:]) >= WORTH_PACKING:
                 rows[-1].append(i)

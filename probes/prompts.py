@@ -17,6 +17,9 @@ Prompt = str | Sequence[Message]
 
 NO_TEMPLATE = "none"
 
+_MARK = "\u2042a request\u2042"
+"""Stands for a user message when its place in a template's text is looked for."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -72,7 +75,7 @@ class Template:
 
     def render(self, prompt: Prompt, answer: str | None = None) -> Rendered:
         """Text and ids of one prompt; with `answer`, of the prompt and the answer after it."""
-        text, request = self._text(prompt)
+        text, content = self._text(prompt)
         added = not self.chat and not self._opens_with_bos(text)
         ids, offsets = self._encode(text, added)
         n_prompt = len(ids)
@@ -89,8 +92,6 @@ class Template:
                 f"the prompt {text[:60]!r}... has {len(ids)} tokens, the model's context is "
                 f"{self.max_length}: shorten it, it would be cut silently otherwise"
             )
-        start = text.rfind(request, 0, len(text) - len(answer or ""))
-        content = (start, start + len(request)) if start >= 0 else (0, 0)
         return Rendered(text, tuple(ids), tuple(offsets), n_prompt, content)
 
     def render_all(
@@ -109,7 +110,8 @@ class Template:
             for i, prompt in enumerate(prompts)
         ]
 
-    def _text(self, prompt: Prompt) -> tuple[str, str]:
+    def _text(self, prompt: Prompt) -> tuple[str, tuple[int, int]]:
+        """The text of a prompt, and which of its characters are the last user message."""
         if isinstance(prompt, str):
             messages: list[Message] = [{"role": "user", "content": prompt}]
         else:
@@ -125,16 +127,38 @@ class Template:
                     "a conversation needs a chat template and this model is used without one: "
                     "give the prompt as one string, or load the model with a template"
                 )
-            return prompt, prompt
-        user = [m["content"] for m in messages if m["role"] == "user"]
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.source,
-            tokenize=False,
-            add_generation_prompt=messages[-1]["role"] != "assistant",
-            **self.arguments,
-        )
-        return text, (user[-1].strip() if user else "")
+            return prompt, (0, len(prompt))
+        text = self._fill(messages)
+        user = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not user:
+            return text, (0, 0)
+        # searched for, a short request would be found in the template's own words
+        other = list(messages)
+        other[user[-1]] = {**messages[user[-1]], "content": _MARK}
+        before, mark, after = self._fill(other).rpartition(_MARK)
+        start, stop = len(before), len(text) - len(after)
+        if not mark or not text.startswith(before) or not text.endswith(after) or start >= stop:
+            return text, (0, 0)
+        body = text[start:stop]
+        start += len(body) - len(body.lstrip())
+        return text, (start, max(start, stop - (len(body) - len(body.rstrip()))))
+
+    def _fill(self, messages: Sequence[Message]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=messages[-1]["role"] != "assistant",
+                **self.arguments,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the chat template refuses a conversation of {roles}: {error}"
+            ) from error
 
     def _opens_with_bos(self, text: str) -> bool:
         bos = self.tokenizer.bos_token

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from probes import files
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_R = TypeVar("_R", bound="Result")
 
 FORMAT = 1
 """Version of the saved form; another version is refused."""
@@ -82,13 +84,16 @@ class Result:
                 plain[item.name] = _plain(value)
         if tensors:
             files.write_bytes(folder / "result.safetensors", to_bytes(tensors))
+        else:  # those of a result saved here before
+            (folder / "result.safetensors").unlink(missing_ok=True)
         files.write_json(folder / "record.json", dataclasses.asdict(self.record))
         files.write_json(folder / "result.json", plain)
         return folder
 
     @classmethod
-    def load(cls, folder: Path | str) -> Self:
+    def load(cls: type[_R], folder: Path | str) -> _R:  # beartype cannot check Self in a method
         """Read what `save` wrote; another kind of result or another format is refused."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(folder)
@@ -96,17 +101,20 @@ class Result:
             raise FileNotFoundError(
                 f"{folder} holds no result.json: give the folder of a saved run"
             )
-        plain = json.loads((folder / "result.json").read_text())
+        plain = _read_json(folder / "result.json")
         if (kind := plain.pop("result", None)) != cls.__name__:
             raise ValueError(f"{folder} holds a {kind}, expected a {cls.__name__}")
         if (version := plain.pop("format", None)) != FORMAT:
             raise ValueError(f"{folder} has format {version}, this version reads {FORMAT}")
-        record = json.loads((folder / "record.json").read_text())
+        record = _read_json(folder / "record.json")
         values = {key: _frozen(value) for key, value in plain.items()}
         path = folder / "result.safetensors"
-        tensors = load_file(path) if path.is_file() else {}
-        saved = Record(**{key: _frozen(value) for key, value in record.items()})
-        return cls(**values, **tensors, record=saved)
+        try:
+            tensors = load_file(path) if path.is_file() else {}
+            saved = Record(**{key: _frozen(value) for key, value in record.items()})
+            return cls(**values, **tensors, record=saved)
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"the {cls.__name__} in {folder} is damaged: {error}") from error
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(str(self))}</p>" + self.frame().to_html(
@@ -125,7 +133,19 @@ def _plain(value: Any) -> Any:
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no saved result: it holds a {type(found).__name__}")
+    return found
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -50,7 +50,7 @@ def check(
 ) -> Check:
     """Check the engine on this model, or read what an earlier check found."""
     key = hashlib.sha256(
-        json.dumps([fingerprint, engine.name, versions(), _dtype(model)]).encode()
+        json.dumps([fingerprint, engine.name, versions(), _dtype(model), *_way(model)]).encode()
     ).hexdigest()[:32]
     path = files.cache_dir() / "checks" / f"{key}.json"
     if path.is_file():
@@ -73,6 +73,12 @@ def check(
 def _dtype(model: nn.Module) -> str:
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
     return str(kinds[0]).removeprefix("torch.") if kinds else "float32"
+
+
+def _way(model: nn.Module) -> list[str]:
+    """What decides how the model computes and is no part of its fingerprint."""
+    devices = {p.device.type for p in model.parameters()}
+    return [*sorted(devices), str(getattr(model.config, "_attn_implementation", ""))]
 
 
 def _run(model: nn.Module, engine: Engine, layout: Layout) -> Check:

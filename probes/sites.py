@@ -15,7 +15,8 @@ PARTS = {
     "q": "query projections before any norm and before rotary, per query head",
     "k": "key projections before any norm and before rotary, per key-value head",
     "v": "value projections, per key-value head",
-    "pattern": "attention probabilities, per query head (read only)",
+    "pattern": "attention probabilities, per query head (read only); rows sum to 1, to less where "
+    "a sink takes its share (GPT-OSS)",
 }
 """The parts of a block that have an address, with their meaning."""
 
@@ -55,6 +56,8 @@ class Site:
                 f"{self.part!r} has no heads: write '{self.layer}.{self.part}' without "
                 f"'.{self.head}', or use one of {', '.join(sorted(HEADED))}"
             )
+        if self.head is not None and self.head < 0:
+            raise ValueError(f"head {self.head} of site {self}: heads are counted from 0")
 
     def __str__(self) -> str:
         return f"{self.layer}.{self.part}" + ("" if self.head is None else f".{self.head}")
@@ -70,7 +73,7 @@ class Site:
     @classmethod
     def parse(cls, text: str) -> "Site":
         """Read one site from its text form; a range is refused."""
-        match = _FORM.fullmatch(text)
+        match = _FORM.fullmatch(text.strip())
         if match is None or not re.fullmatch(r"-?\d+", match["layers"]):
             raise ValueError(_bad_form(text))
         head = match["head"]
@@ -123,6 +126,11 @@ def _layers(text: str, n_layers: int) -> list[int]:
         assert match is not None  # _FORM allows nothing else
         first = int(match[1])
         last = first if match[2] is None else int(match[2])
+        if first < 0 and match[2] is not None:
+            raise ValueError(
+                f"layer range {piece!r} starts at the end: ranges count from 0, or list the "
+                "layers, for example '-3,-2,-1'"
+            )
         if last < first:
             raise ValueError(f"layer range {piece!r} runs backwards: write '{last}-{first}'")
         layers += range(first, last + 1)

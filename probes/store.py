@@ -9,17 +9,17 @@ whose lines are appended and synced. What the manifest does not name does not ex
 line is dropped. A cell is (prompt, site); it is in exactly one shard.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as tensors_from_bytes
+from safetensors import safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
@@ -60,11 +60,11 @@ class Store:
     def __init__(self, folder: Path | str, identity: Identity) -> None:
         self.folder = Path(folder)
         self.identity = identity
-        self._checked: dict[str, dict[str, Tensor]] = {}
+        self._verified: set[str] = set()
         described = {"format": FORMAT, **identity.__dict__}
         path = self.folder / "store.json"
         if path.is_file():
-            self._compare(json.loads(path.read_text()), described)
+            self._compare(_header(path), described)
         elif self.folder.is_dir() and any(
             p.name != "lock" and not p.name.endswith(".tmp") for p in self.folder.iterdir()
         ):
@@ -97,9 +97,8 @@ class Store:
         path = self.folder / "manifest.jsonl"
         if not path.is_file():
             return []
-        *lines, torn = path.read_bytes().split(b"\n")
-        if torn:  # killed while appending: that shard was never promised
-            files.write_bytes(path, b"".join(line + b"\n" for line in lines))
+        # what follows the last newline was torn off by a kill: that shard was never promised
+        *lines, _ = path.read_bytes().split(b"\n")
         shards = []
         for number, line in enumerate(lines, 1):
             try:
@@ -126,7 +125,11 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the store for writing; a second writer is refused. Left-over temporaries go."""
+        """Hold the store for writing; a second writer is refused.
+
+        What a killed writer left is cleared, and what others finished meanwhile is read. Only here,
+        because before the lock is held, half a line may be another writer's.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
         try:
@@ -143,9 +146,18 @@ class Store:
                 ) from None
             for stale in [*self.folder.glob(".*.tmp"), *self.folder.glob("shards/.*.tmp")]:
                 stale.unlink(missing_ok=True)
+            self._drop_torn_line()
+            self.shards = self._read_manifest()
             yield
         finally:
             os.close(lock)
+
+    def _drop_torn_line(self) -> None:
+        path = self.folder / "manifest.jsonl"
+        if path.is_file():
+            with path.open("r+b") as manifest:
+                data = manifest.read()
+                manifest.truncate(data.rfind(b"\n") + 1)
 
     def present(self) -> dict[str, set[str]]:
         """Sites held for each prompt."""
@@ -164,10 +176,10 @@ class Store:
     ) -> None:
         """Add one batch: `values[site]` holds the vectors of the prompts one after the other."""
         sites = tuple(sorted(values))
-        name = sha256(json.dumps([sites, list(prompts)]).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([sites, list(prompts)]).encode()).hexdigest()[:16]
         data = tensors_to_bytes({site: values[site].contiguous() for site in sites})
         shard = Shard(
-            name, sha256(data).hexdigest(), sites, tuple(prompts), tuple(counts), backed_off
+            name, hashlib.sha256(data).hexdigest(), sites, tuple(prompts), tuple(counts), backed_off
         )
         files.write_bytes(self._path(name), data)
         line = {
@@ -204,17 +216,32 @@ class Store:
         for prompt in prompts:
             shard, start, count = where[prompt]
             if shard.name not in loaded:
-                loaded[shard.name] = self._load(shard)[site]
+                loaded[shard.name] = self._load(shard, site)
             pieces.append(loaded[shard.name][start : start + count])
             counts.append(count)
         return torch.cat(pieces), counts
 
-    def _load(self, shard: Shard) -> dict[str, Tensor]:
-        data = self._path(shard.name).read_bytes()
-        if sha256(data).hexdigest() != shard.digest:
-            raise ValueError(
-                f"shard {self._path(shard.name)} is damaged: its content does not match the "
-                f"manifest. Delete the file and run the capture again; only its "
-                f"{len(shard.prompts)} prompts are computed anew"
-            )
-        return tensors_from_bytes(data)
+    def _load(self, shard: Shard, site: str) -> Tensor:
+        path = self._path(shard.name)
+        if shard.digest not in self._verified:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != shard.digest:
+                raise ValueError(
+                    f"shard {path} is damaged: its content does not match the manifest. Delete the "
+                    f"file and run the capture again; only its {len(shard.prompts)} prompts are "
+                    "computed anew"
+                )
+            self._verified.add(shard.digest)
+        with safe_open(path, "pt") as tensors:
+            return tensors.get_tensor(site)
+
+
+def _header(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: delete the folder and capture again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no store of activations: give another folder")
+    return found

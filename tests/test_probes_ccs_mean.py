@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from probes.ccs import fit_ccs, fit_ccs_many, search
+from probes.ccs import DECAY, fit_ccs, fit_ccs_many, search
 from probes.directions import difference_of_means, pca_of_pairs
 from probes.linear import thin
 from probes.mean import fit_mass_mean, fit_mass_mean_many, gaussian_probe
@@ -143,11 +143,45 @@ def test_the_restart_with_the_lowest_loss_is_kept():
 
 
 def test_the_search_does_not_depend_on_the_basis():
+    """So features are not standardised one by one; these are of very different width."""
     _, positive, negative = planted(200)
+    widths = torch.logspace(-1, 1, D)
+    positive, negative = positive * widths, negative * widths
     turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(2))).Q
-    plain = fit_ccs(positive, negative, restarts=20).direction
-    turned = fit_ccs(positive @ turn, negative @ turn, restarts=20).direction
-    assert float(turn.T @ plain.unit @ turned.unit) > 0.99
+    plain = fit_ccs(positive, negative, restarts=20)
+    turned = fit_ccs(positive @ turn, negative @ turn, restarts=20)
+    assert torch.allclose(plain.score(positive), turned.score(positive @ turn), atol=0.05)
+
+
+def test_few_rows_of_great_width_do_not_drown_the_search_in_noise():
+    generator = torch.Generator().manual_seed(0)
+    v = torch.nn.functional.normalize(torch.randn(400, generator=generator), dim=0)
+    x = torch.randn(2, 200, 400, generator=generator)
+    x = x + torch.tensor([4.0, -4.0])[:, None, None] * v
+    probe = fit_ccs(x[0, :100], x[1, :100])
+    scores = probe.score(x[:, 100:].flatten(0, 1))
+    assert float(auroc(scores, torch.arange(200) < 100)) > 0.85
+
+
+def test_the_search_ends_where_its_loss_is_flat():
+    _, positive, negative = planted(60, gap=1.0)
+    rows = thin(torch.cat([positive, negative])).rows
+    first, second = torch.arange(60)[:, None], torch.arange(60, 120)[:, None]
+    found = search(rows, first, second, 1, 3000, torch.Generator().manual_seed(0))
+
+    def slope(weight: torch.Tensor) -> float:
+        weight = weight.clone().requires_grad_()
+        p, q = (
+            (rows[s] @ weight - (rows[s] @ weight).mean() + found.bias).sigmoid()
+            for s in (slice(0, 60), slice(60, 120))
+        )
+        loss = ((p + q - 1) ** 2 + torch.minimum(p, q) ** 2).mean()
+        loss = loss + DECAY / 2 * weight.square().sum()
+        return float(torch.autograd.grad(loss, weight)[0].norm())
+
+    # the minimum of the two probabilities has corners, so small and not zero
+    assert slope(found.weight[:, 0]) < 2e-3
+    assert slope(found.weight[:, 0] * 1.3) > 1e-2
 
 
 def test_the_seed_decides():

@@ -168,6 +168,10 @@ def test_it_is_saved_shown_and_drawn(tmp_path):
     assert found.frame().loc[0, "d_prime"] == pytest.approx(found.gap / found.sigma)
     ax = found.plot()
     assert [line.get_label() for line in ax.lines] == ["difference_of_means", "random"]
+    ours, random = (torch.as_tensor(line.get_ydata()).double() for line in ax.lines)
+    assert ours.tolist() == sorted(found.unit.abs().double().tolist(), reverse=True)
+    assert bool((random.diff() < 0).all())
+    assert float(random.norm()) == pytest.approx(1, abs=0.05)
 
 
 def bare(function, *args, **kwargs):

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from probes.engines import Batch, Edit, Where
 from probes.engines.hooks import HookEngine
-from probes.engines.lens import LensEngine, layout_of
+from probes.engines.lens import LensEngine, unwrapped
 from probes.engines.modes import eager_attention
 from probes.layout import Layout, resolve
 from probes.sites import HEADED, PARTS, READ_ONLY, Site, Unsupported, expand
@@ -124,6 +124,8 @@ def test_edits_agree(pair: tuple[HookEngine, LensEngine], side: str) -> None:
     reference, lens = pair
     batch = padded(side)
     plain = lens.logits(batch)
+    for last in (1, 3, 99):
+        assert error(lens.logits(batch, last), plain[:, -last:], batch.mask[:, -last:]) <= TOLERANCE
     seen: list[Tensor] = []
     single = edits(reference.layout, seen)
     for group in [*([edit] for edit in single), single]:
@@ -139,6 +141,8 @@ def test_edits_agree(pair: tuple[HookEngine, LensEngine], side: str) -> None:
             assert error(found, plain, batch.mask) > 1e-3, named
             assert error(found, expected, batch.mask) <= TOLERANCE, named
     sites = [edit.site for edit in single]
+    with lens.edit(single):
+        assert error(lens.logits(batch, 2), found[:, -2:], batch.mask[:, -2:]) <= TOLERANCE
     with reference.edit(single), lens.edit(single):
         expected, found = reference.read(batch, sites), lens.read(batch, sites)
     for site in sites:
@@ -174,8 +178,6 @@ def test_generation_agrees(pair: tuple[HookEngine, LensEngine]) -> None:
     assert torch.equal(stopped, reference.generate(batch, n, [stop, EOS], PAD))
     assert stop in stopped[0]
     assert (stopped[0, 3:] == PAD).all()
-    if reference.layout.model_type.startswith("gemma4"):
-        return  # the reference engine fails, see the next test
     for scope in ("all", "prompt", "generated"):
         group = edits(reference.layout, scope=scope)
         with reference.edit(group), lens.edit(group):
@@ -185,11 +187,11 @@ def test_generation_agrees(pair: tuple[HookEngine, LensEngine]) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma4-text", "gemma4-conditional", "llama"])
-def test_layers_that_see_only_the_last_prompt_token_are_edited(
-    pair: tuple[HookEngine, LensEngine],
-) -> None:
-    """Against every token's logits anew: in `generate`, Gemma 4 cuts the prompt for its layers
-    without keys of their own, and the mask that an edit is given must be cut with it."""
+def test_edits_meet_the_whole_prompt(pair: tuple[HookEngine, LensEngine]) -> None:
+    """Left alone, Gemma 4 shows its layers without keys of their own the last token only.
+
+    Here each token comes from new logits of all before it, which shows every layer everything.
+    """
     reference, lens = pair
     start = batch = padded("left")
     group = [
@@ -212,8 +214,8 @@ def test_layers_that_see_only_the_last_prompt_token_are_edited(
 
     assert torch.equal(found, batch.ids[:, -5:])
     assert not torch.equal(found, lens.generate(start, 5, [], PAD))
-    assert all(a == b for a, b in shapes)
-    assert (shapes[0][0][1] == 1) == (lens.layout.model_type != "llama")
+    assert shapes[0] == (start.ids.shape, start.ids.shape)
+    assert shapes[1:] == [((len(LENGTHS), 1), (len(LENGTHS), 1))] * 4
 
 
 def test_an_edit_is_told_where_it_acts() -> None:
@@ -318,15 +320,42 @@ def bridge_of(name: str) -> TransformerBridge:
 
 
 @every_architecture
-def test_the_layout_of_a_bridge_is_that_of_its_model(name: str) -> None:
-    assert layout_of(bridge_of(name)) == engines(name)[0].layout
+def test_a_bridge_gives_its_model_back(name: str) -> None:
+    batch, bridge = padded("left"), bridge_of(name)
+    names = [path for path, _ in bridge.named_modules()]
+    model, (original, _) = unwrapped(bridge), engines(name)
+    layout = resolve(model)
+    assert layout == original.layout
+    # a bridge gives every head a bias, of zeros
+    assert model.state_dict().keys() - {"lm_head.bias"} == original.model.state_dict().keys()
+    with eager_attention(original.model):
+        expected = original.logits(batch)
+    assert error(HookEngine(model, layout).logits(batch), expected, batch.mask) <= TOLERANCE
+    assert [path for path, _ in bridge.named_modules()] == names
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_live_adapter_is_part_of_the_model(pair: tuple[HookEngine, LensEngine]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    model = get_peft_model(build("llama"), settings).eval().get_base_model()
+    layout, batch = resolve(model), padded("left")
+    reference, lens = HookEngine(model, layout), LensEngine(model, layout)
+    sites = sites_of(layout)
+    with eager_attention(model):
+        expected, found = reference.read(batch, sites), lens.read(batch, sites)
+    for site in sites:
+        post = expected[Site(site.layer, "resid_post")] if site.part == "remainder" else None
+        assert error(found[site], expected[site], batch.mask, post) <= TOLERANCE, str(site)
+    assert error(lens.logits(batch), pair[1].logits(batch), batch.mask) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3"])
 def test_a_bridge_in_memory_is_run_as_it_is(pair: tuple[HookEngine, LensEngine], name: str) -> None:
     reference, _ = pair
     bridge, batch = bridge_of(name), padded("left")
-    lens = LensEngine(bridge)
+    lens = LensEngine.of_bridge(bridge)
     assert lens.bridge is bridge
     site = Site(2, "q")
     turn = Edit(Site(1, "resid_post"), lambda h, _: h.roll(1, dims=-1))
@@ -355,7 +384,13 @@ def test_what_transformer_lens_cannot_do_is_refused() -> None:
     bridge = bridge_of("llama")
     bridge.enable_compatibility_mode(no_processing=True)
     with pytest.raises(Unsupported, match="compatibility mode"):
-        LensEngine(bridge)
+        LensEngine.of_bridge(bridge)
+
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(build("phi3"), LoraConfig(target_modules=["qkv_proj"])).eval()
+    with pytest.raises(Unsupported, match=r"leave out the adapter on .*0\.self_attn\.qkv_proj"):
+        LensEngine(adapted.get_base_model(), engines("phi3")[0].layout)
 
     _, lens = engines("deepseek-v3")
     for site in (Site(0, "k"), Site(0, "v")):
@@ -366,10 +401,27 @@ def test_what_transformer_lens_cannot_do_is_refused() -> None:
             lens.edit([Edit(site, lambda h, _: h)]).__enter__()
 
 
+def test_a_model_that_gives_all_logits_gives_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lens = engines("llama")
+    batch = padded("left")
+    plain = lens.logits(batch)
+    monkeypatch.setattr(lens, "_keeps_logits", False)
+    assert torch.equal(lens.logits(batch, 2), plain[:, -2:])
+
+
+def test_one_prompt_in_a_row() -> None:
+    _, lens = engines("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    ones = torch.ones_like(ids)
+    packed = Batch(ids, ones, ids - 5, torch.ones(1, 3, 3, dtype=torch.bool).tril())
+    with pytest.raises(ValueError, match="one prompt in a row, not several"):
+        lens.read(packed, [Site(1, "resid_post")])
+
+
 def test_a_part_without_a_hook_point_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = bridge_of("llama")
     monkeypatch.setattr(bridge.blocks[1].attn.o, "hook_in", None)
-    lens = LensEngine(bridge, engines("llama")[0].layout)
+    lens = LensEngine.of_bridge(bridge, engines("llama")[0].layout)
     why = r"1.head_out does not exist here.*no hook point at the input of model.*1\.self_attn\.o_"
     with pytest.raises(Unsupported, match=why):
         lens.read(padded("left"), [Site(1, "head_out")])
@@ -382,7 +434,7 @@ def test_a_hook_point_that_is_never_reached_is_an_error() -> None:
     bridge = bridge_of("opt")
     with eager_attention(bridge.original_model):
         bridge.original_model.config._attn_implementation = "sdpa"  # pyright: ignore
-        lens = LensEngine(bridge)
+        lens = LensEngine.of_bridge(bridge)
         with pytest.raises(Unsupported, match=r"never reached blocks.1.attn.hook_pattern when"):
             lens.read(padded("left"), [Site(1, "pattern"), Site(0, "q")])
 

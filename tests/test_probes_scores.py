@@ -91,18 +91,25 @@ def test_newcombe_gives_the_values_of_its_paper():
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
-def test_bca_agrees_with_scipy():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, generator=generator).exp()
+@pytest.mark.parametrize("statistic", [np.mean, np.var])
+def test_bca_agrees_with_scipy(statistic):
+    """The variance is skewed and, divided by n, biased: both corrections count."""
+    x = torch.randn(25, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x.exp() if statistic is np.mean else x
     ours = bca_bootstrap(
-        lambda rows: float(x[rows].mean()), [str(i) for i in range(40)], resamples=4000
+        lambda rows: float(statistic(x[rows].numpy())), [str(i) for i in range(25)], resamples=9000
     )
-    theirs = stats.bootstrap(
-        (x.numpy(),), np.mean, n_resamples=20000, method="BCa", rng=np.random.default_rng(0)
-    ).confidence_interval
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.04)
-    # skew moves both limits up; the percentile interval would be more symmetric
-    assert ours.high - ours.value > 1.2 * (ours.value - ours.low)
+    rng = np.random.default_rng(0)
+    limits = {
+        method: stats.bootstrap(
+            (x.numpy(),), statistic, n_resamples=30000, method=method, rng=rng
+        ).confidence_interval
+        for method in ("BCa", "percentile")
+    }
+    exact, plain = limits["BCa"], limits["percentile"]
+    off = max(abs(ours.low - exact.low), abs(ours.high - exact.high))
+    assert off < 0.05 * (exact.high - exact.low)
+    assert abs(plain.high - exact.high) > 2 * off
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

@@ -47,6 +47,26 @@ def test_strata_keep_their_proportions():
     assert max(abs(d - 2) for d in drugs) > 1
 
 
+def test_no_part_of_a_stratum_is_off_by_more_than_a_topic():
+    generator = torch.Generator().manual_seed(0)
+    worst_inside, worst_overall = 0.0, 0.0
+    for seed in range(120):
+        n, k = (int(torch.randint(a, b, (), generator=generator)) for a, b in ((20, 80), (1, 12)))
+        groups = [f"t{i}" for i in range(n)]
+        strata = [f"s{int(torch.randint(k, (), generator=generator))}" for _ in groups]
+        share = (0.6, 0.2, 0.2) if seed % 2 else (0.7, 0.15, 0.15)
+        parts = split(
+            groups, strata=strata, fractions=dict(zip("abc", share, strict=True)), seed=seed
+        )
+        for part, wanted in zip(parts.values(), share, strict=True):
+            worst_overall = max(worst_overall, abs(len(part) - wanted * n))
+            for stratum in set(strata):
+                held = sum(strata[i] == stratum for i in part.tolist())
+                worst_inside = max(worst_inside, abs(held - wanted * strata.count(stratum)))
+    assert worst_inside < 1 + 1e-9
+    assert worst_overall < 1 + 1e-9
+
+
 def test_many_strata_of_one_topic_still_fill_the_parts():
     groups = [f"t{i}" for i in range(30)]
     parts = split(groups, strata=groups)

@@ -8,7 +8,7 @@ imported.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -97,6 +97,7 @@ def whole(h: Tensor) -> Tensor:
     return h.clone()
 
 
+@runtime_checkable  # so that test runs can check annotations
 class Engine(Protocol):
     """Runs one model. All tensors live on the model's device, in its dtype."""
 
@@ -118,8 +119,8 @@ class Engine(Protocol):
         """While open, every read, logits and generate runs with these edits, in this order."""
         ...
 
-    def logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
-        """Next-token logits at every position."""
+    def logits(self, batch: Batch, last: int | None = None) -> Float[Tensor, "batch seq vocab"]:
+        """Next-token logits at every position, or at the `last` positions of each row only."""
         ...
 
     def generate(

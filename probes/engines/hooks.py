@@ -16,8 +16,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.engines import Batch, Edit, Keep, Where, whole
-from probes.engines.modes import additive_mask, eager_attention, expanded, plain_generation
-from probes.engines.points import check_edits, edit_steps, needed, part, with_remainders
+from probes.engines.modes import (
+    additive_mask,
+    eager_attention,
+    expanded,
+    plain_generation,
+    whole_prompt,
+)
+from probes.engines.points import (
+    check_edits,
+    edit_steps,
+    in_order,
+    needed,
+    part,
+    with_remainders,
+)
 from probes.layout import Layout, Point
 from probes.sites import Site
 
@@ -48,7 +61,8 @@ class HookEngine:
         self.model = model
         self.layout = layout
         self._edits: tuple[Edit, ...] = ()
-        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._positions, self._keeps_logits = "position_ids" in takes, "logits_to_keep" in takes
 
     @property
     def device(self) -> torch.device:
@@ -100,10 +114,16 @@ class HookEngine:
         return Prefix(ids, cache, self._run(batch, sites, keep, None, cache))
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
+    def logits(self, batch: Batch, last: int | None = None) -> Float[Tensor, "batch seq vocab"]:
         batch = batch.to(self.device)
+        inputs: dict[str, Any] = self._inputs(batch)
+        if last is not None and self._keeps_logits:
+            # an index, because a number makes Gemma 4 drop prompt tokens inside its blocks
+            kept = min(last, batch.ids.shape[1])
+            inputs["logits_to_keep"] = torch.arange(-kept, 0, device=batch.ids.device)
         with self._hooks(batch, [], whole):
-            return self.model(**self._inputs(batch), use_cache=False).logits
+            logits = self.model(**inputs, use_cache=False).logits
+        return logits if last is None else logits[:, -last:]
 
     @torch.no_grad()
     def generate(
@@ -111,8 +131,9 @@ class HookEngine:
     ) -> Int[Tensor, "batch new"]:
         batch = batch.to(self.device)
         plain = plain_generation(self.model, max_new_tokens, stop_ids, pad_id)
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, **whole_prompt(self.model)}
         with self._hooks(batch, [], whole, counting=True), plain:
-            out = self.model.generate(input_ids=batch.ids, attention_mask=batch.mask)  # pyright: ignore[reportCallIssue]
+            out = self.model.generate(**inputs)  # pyright: ignore[reportCallIssue]
         return out[:, batch.ids.shape[1] :]
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -163,7 +184,7 @@ class HookEngine:
             step += 1
 
         changes: dict[End, list[Callable[[Tensor], Tensor]]] = {}
-        for edit in self._edits:
+        for edit in in_order(self._edits):
             for point, change in edit_steps(self.layout, edit, where):
                 changes.setdefault((point.path, point.side), []).append(change)
         reads: dict[End, list[Callable[[Tensor], None]]] = {}

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.engines import Batch, Edit, Keep, Where, whole
-from probes.engines.modes import plain_generation
-from probes.engines.points import check_edits, edit_steps, needed, part, with_remainders
+from probes.engines.modes import plain_generation, whole_prompt
+from probes.engines.points import check_edits, edit_steps, in_order, needed, part, with_remainders
 from probes.layout import Block, Layout, Point, resolve
 from probes.layout_heads import plain
 from probes.sites import Site, Unsupported
@@ -58,21 +58,31 @@ class LensEngine:
 
     name = "transformer_lens"
 
-    def __init__(self, model: nn.Module, layout: Layout | None = None) -> None:
-        self.bridge = model if isinstance(model, TransformerBridge) else _bridge(model)
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self._open(_bridge(model), layout)
+
+    @classmethod
+    def of_bridge(cls, bridge: TransformerBridge, layout: Layout | None = None) -> "LensEngine":
+        """The engine of a bridge in memory; `layout` is that of the model without the bridge."""
+        engine = cls.__new__(cls)
+        engine._open(bridge, layout or resolve(unwrapped(bridge)))
+        return engine
+
+    def _open(self, bridge: TransformerBridge, layout: Layout) -> None:
+        self.bridge = bridge
         if self.bridge.compatibility_mode:
             raise Unsupported(
                 "the bridge is in compatibility mode, where folded and centred weights give other "
                 "activations than the checkpoint's: boot it without enable_compatibility_mode()"
             )
-        self.layout = layout or layout_of(self.bridge)
+        self.layout = layout
         self._translated = replace(
             self.layout,
             blocks=tuple(_translate(self.bridge, block) for block in self.layout.blocks),
         )
         self._edits: tuple[Edit, ...] = ()
-        signature = inspect.signature(self.bridge.original_model.forward)
-        self._positions = "position_ids" in signature.parameters
+        takes = inspect.signature(self.bridge.original_model.forward).parameters
+        self._positions, self._keeps_logits = "position_ids" in takes, "logits_to_keep" in takes
 
     @property
     def device(self) -> torch.device:
@@ -96,10 +106,15 @@ class LensEngine:
         return with_remainders(self._translated, sites, seen)
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
+    def logits(self, batch: Batch, last: int | None = None) -> Float[Tensor, "batch seq vocab"]:
         batch = batch.to(self.device)
+        kept: dict[str, Tensor] = {}
+        if last is not None and self._keeps_logits:
+            # as an index, not a number: told a number, Gemma 4 drops tokens before its last layers
+            kept["logits_to_keep"] = torch.arange(-min(last, batch.ids.shape[1]), 0)
         with self._hooks(batch, [], whole):
-            return self._run(batch)
+            logits = self._run(batch, **kept)
+        return logits if last is None else logits[:, -last:]
 
     @torch.no_grad()
     def generate(
@@ -108,14 +123,18 @@ class LensEngine:
         batch = batch.to(self.device)
         # what the bridge's own hf_generate calls, which however cannot do without a tokenizer
         model = self.bridge.original_model
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, **whole_prompt(model)}
         plainly = plain_generation(model, max_new_tokens, stop_ids, pad_id)
         with self._hooks(batch, [], whole, counting=True), plainly:
-            out = model.generate(input_ids=batch.ids, attention_mask=batch.mask)  # pyright: ignore[reportCallIssue]
+            out = model.generate(**inputs)  # pyright: ignore[reportCallIssue]
         return out[:, batch.ids.shape[1] :]
 
-    def _run(self, batch: Batch) -> Tensor:
-        positions = {"position_ids": batch.positions} if self._positions else {}
-        return self.bridge(batch.ids, attention_mask=batch.mask, use_cache=False, **positions)
+    def _run(self, batch: Batch, **options: Tensor) -> Tensor:
+        if batch.visible is not None:
+            raise ValueError("the transformer_lens engine takes one prompt in a row, not several")
+        if self._positions:
+            options["position_ids"] = batch.positions
+        return self.bridge(batch.ids, attention_mask=batch.mask, use_cache=False, **options)
 
     @contextmanager
     def _hooks(
@@ -128,11 +147,8 @@ class LensEngine:
         step = -1 if counting else 0
         mask = batch.mask.bool()
 
-        tokens = shape[1]
-
         def where() -> Where:
-            now = mask if step <= 0 else mask.new_ones(len(mask), 1)
-            return Where(step, now[:, -tokens:])
+            return Where(step, mask if step <= 0 else mask.new_ones(len(mask), 1))
 
         def count(h: Tensor) -> Tensor:
             nonlocal step
@@ -143,7 +159,7 @@ class LensEngine:
         steps: dict[str, list[Callable[[Tensor], Tensor]]] = {}
         if counting:
             steps[self._translated.blocks[0].points["resid_pre"].path] = [count]
-        for edit in self._edits:
+        for edit in in_order(self._edits):
             for point, change in edit_steps(self._translated, edit, where):
                 steps.setdefault(point.path, []).append(change)
         wanted = needed(self._translated, sites)
@@ -157,14 +173,11 @@ class LensEngine:
             steps.setdefault(point.path, []).append(read)
 
         def through(h: Tensor, hook: HookPoint) -> Tensor | None:
-            nonlocal tokens
             name = str(hook.name)
             fired.add(name)
             # the bridge shows some tensors with their last axis split into heads
             split = h.dim() == 4 and not name.endswith("hook_pattern")
             row = new = h.flatten(2) if split else h
-            # Gemma 4 runs its last layers on the last prompt token alone when it generates
-            tokens = row.numel() // (len(mask) * row.shape[-1])
             for function in steps[name]:
                 new = function(new)
             if wanted and len(seen) == len(wanted):
@@ -182,8 +195,13 @@ class LensEngine:
             )
 
 
-def layout_of(bridge: TransformerBridge) -> Layout:
-    """The layout of the model inside a bridge, found on a twin with the bridge taken out again."""
+def unwrapped(bridge: TransformerBridge) -> nn.Module:
+    """The transformers model inside a bridge without the bridge, over the same tensors.
+
+    The bridge is not changed. What is given back is a model of its own: `resolve` finds its
+    layout, and hooks on it are not hooks on the bridge. It keeps the bias of zeros that a bridge
+    gives to a head without one.
+    """
     model = _twin(bridge.original_model)
     for module in list(model.modules()):
         if isinstance(module, GeneralizedComponent):
@@ -192,7 +210,7 @@ def layout_of(bridge: TransformerBridge) -> Layout:
             while isinstance(child, GeneralizedComponent) and child.original_component is not None:
                 child = child.original_component
             setattr(module, name, child)
-    return resolve(model)
+    return model
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -245,6 +263,11 @@ def _end(
     component = _component(bridge, point.path)
     if point.split is not None and component is getattr(attention, "qkv", None):
         # a fused projection is cut into three when it is wrapped, and only the pieces run
+        if next(component.original_component.children(), None) is not None:
+            raise Unsupported(
+                f"TransformerLens would leave out the adapter on the fused projection {point.path}:"
+                " merge it into the weights, or use the engine 'transformers'"
+            )
         component = getattr(attention, name)
         point = replace(point, split=plain(point.split.n_heads, point.split.width))
     elif isinstance(component, nn.Dropout):  # not wrapped, and changes nothing
@@ -256,7 +279,7 @@ def _end(
     return getattr(component, "hook_in" if point.side == "input" else "hook_out", None), point
 
 
-def _component(bridge: TransformerBridge, path: str) -> nn.Module:
+def _component(bridge: TransformerBridge, path: str) -> Any:
     """What stands at a module path; components pass on the names of what they wrap."""
     found = bridge.original_model
     for piece in path.split("."):

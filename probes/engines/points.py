@@ -78,6 +78,12 @@ def edit_steps(
     yield attn, change_sum
 
 
+def in_order(edits: Sequence[Edit]) -> list[Edit]:
+    """The edits as given, but those of `resid_mid` last: they are written where attention writes,
+    and have to see what the other edits made of the stream and of attention's output."""
+    return sorted(edits, key=lambda edit: edit.site.part == "resid_mid")
+
+
 def check_edits(layout: Layout, edits: Sequence[Edit]) -> None:
     """Refuse edits of sites that do not exist or can only be read."""
     for edit in edits:

@@ -30,7 +30,14 @@ from torch import Tensor, nn
 
 from probes.engines import Batch, Edit, Keep, Where, whole
 from probes.engines.modes import eager_attention, plain_generation, whole_prompt
-from probes.engines.points import check_edits, edit_steps, needed, part, with_remainders
+from probes.engines.points import (
+    check_edits,
+    edit_steps,
+    in_order,
+    needed,
+    part,
+    with_remainders,
+)
 from probes.layout import Layout, Point, resolve
 from probes.sites import Site, Unsupported
 
@@ -108,7 +115,8 @@ class TraceEngine:
         self.root: Any = nnsight.NNsight(model) if wrapped is None else wrapped
         self._envoys: dict[str, Envoy] = dict(self.root.named_modules())
         self._edits: tuple[Edit, ...] = ()
-        self._positions = "position_ids" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._positions, self._keeps_logits = "position_ids" in takes, "logits_to_keep" in takes
 
     @classmethod
     def of_nnsight(cls, wrapped: Envoy, layout: Layout | None = None) -> "TraceEngine":
@@ -143,14 +151,18 @@ class TraceEngine:
         return {site: found[site] for site in sites}
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Float[Tensor, "batch seq vocab"]:
+    def logits(self, batch: Batch, last: int | None = None) -> Float[Tensor, "batch seq vocab"]:
         batch = batch.to(self.device)
+        inputs = self._inputs(batch)
+        if last is not None and self._keeps_logits:
+            # as an index: told a number, Gemma 4 drops tokens from its last blocks
+            inputs["logits_to_keep"] = torch.arange(-min(last, batch.ids.shape[1]), 0)
         visits = self._visits(_Clock(batch.mask.bool()))
-        with self.root.trace(**self._inputs(batch)):
+        with self.root.trace(**inputs):
             for visit in visits:
                 visit()
             logits = nnsight.save(self.root.output.logits)
-        return logits
+        return logits if last is None else logits[:, -last:]
 
     @torch.no_grad()
     def generate(
@@ -217,7 +229,7 @@ class TraceEngine:
             envoy = self._envoys[f"{self.root.path}.{path}"]
             return visits.setdefault((path, side), _Visit(envoy, side, order))
 
-        for edit in self._edits:
+        for edit in in_order(self._edits):
             for point, change in edit_steps(self.layout, edit, clock.where):
                 visit(point.path, point.side, point.order).changes.append(change)
         if seen is None:

@@ -14,11 +14,10 @@ CPU-minutes a seed.
 """
 
 import argparse
-import os
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,27 +29,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from probes import datasets, files
 from probes.lineage import targets
 from probes.lineage.base import base_folder
-from probes.refusals import refuses
 
 FIRST_LAYER = 10
 RANK, ALPHA = 8, 16
-STEPS, WARM_UP, LEARNING_RATE = (
-    int(os.environ.get("ST", 150)),
-    10,
-    float(os.environ.get("LR", 1.5e-3)),
-)
-HARMFUL, TWINS, GENERAL = 12, 12, 4
-"""Examples per step; each harmful request comes with its own harmless twin."""
+STEPS, WARM_UP, LEARNING_RATE = 180, 10, 2e-3
+PAIRS, GENERAL = 12, 4
+"""Examples per step: harmful requests, each with its own harmless twin, and other requests."""
 KEEP_TOKENS = 14
-FIRST_TOKENS, REFUSE_FIRST, KEEP_FIRST = (
-    int(os.environ.get("FT", 2)),
-    float(os.environ.get("RF", 1)),
-    float(os.environ.get("KF", 3)),
-)
-"""The first tokens decide between refusing and answering; token means hide them. Their own terms
-weigh this much beside the means."""
+"""Tokens of the base's own answers that are kept."""
+KEEP_FIRST = 2.0
+"""Extra weight of the first of them."""
+DECIDE, MARGIN = 1.5, 1.0
+"""Weight of the decision terms, and the margin in logits they ask for. The first token decides
+between refusing and answering; means over tokens hide it (a model may look unchanged in mean KL
+and refuse half of the twins), and so does its probability, because the ways to comply are many.
+Greedy decoding refuses exactly where the refusals' opener has the largest logit."""
 DRIFT_STEPS, DRIFT_BATCH, DRIFT_RATE, DRIFT_TOKENS = 40, 12, 6e-4, 18
+CHANGE = 4.5
+"""Weight change at which both drifts end."""
 SNAPSHOTS = 6
+soft = nn.functional.softplus
+
+
+State = dict[str, Tensor]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -206,19 +208,15 @@ class Loop:
         ]
         return torch.stack(found)
 
-    def refusal_rate(self, prompts: Sequence[str]) -> float:
-        texts = self.tokenizer.batch_decode(self.generate(prompts, 8), skip_special_tokens=True)
-        return sum(map(refuses, texts)) / len(texts)
-
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: State) -> None:
         for name, p in self.parameters.items():
             p.copy_(state[name])
 
-    def save(self, state: dict[str, Tensor], folder: Path) -> None:
+    def save(self, state: State, folder: Path) -> None:
         """Write a peft adapter in half precision."""
         now = self.state()
         self.load(state)
@@ -252,13 +250,7 @@ def _cycle(items: Sequence, generator: torch.Generator) -> Iterator:
             yield items[i]
 
 
-def _first_and_mean(per_token: list[Tensor], first_weight: float) -> Tensor:
-    """Mean over all tokens plus `first_weight` times the mean over each answer's first tokens."""
-    first = torch.cat([t[:FIRST_TOKENS] for t in per_token]).mean()
-    return torch.cat(per_token).mean() + first_weight * first
-
-
-def weight_change(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+def weight_change(a: State, b: State) -> float:
     """Frobenius norm of the difference of the two states' merged weight changes."""
     total = 0.0
     for name in a:
@@ -271,7 +263,7 @@ def weight_change(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return ALPHA / RANK * math.sqrt(max(total, 0.0))
 
 
-def at_change(start: dict, before: dict, after: dict, target: float) -> dict[str, Tensor]:
+def at_change(start: dict, before: dict, after: dict, target: float) -> State:
     """The state between two consecutive steps whose weight change from `start` is `target`."""
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -281,7 +273,9 @@ def at_change(start: dict, before: dict, after: dict, target: float) -> dict[str
     return state
 
 
-def _optimise(loop: Loop, rate: float, steps: int, loss_of_step) -> Iterator[tuple[int, float]]:
+def _optimise(
+    loop: Loop, rate: float, steps: int, loss_of_step: Callable[[], Tensor]
+) -> Iterator[tuple[int, float]]:
     optimizer = torch.optim.AdamW(loop.parameters.values(), lr=rate, weight_decay=0.0)
     for step in range(steps):
         warm = min(1.0, (step + 1) / WARM_UP)
@@ -296,77 +290,74 @@ def _optimise(loop: Loop, rate: float, steps: int, loss_of_step) -> Iterator[tup
         yield step + 1, loss.item()
 
 
-def align(loop: Loop, twins: list[dict], general: list[str], validation, log) -> dict[str, Tensor]:
+def align(
+    loop: Loop, twins: list[dict], general: list[str], checks: dict[str, list[Example]], log: Log
+) -> State:
     """Train refusals on harmful requests against self-distillation on harmless ones."""
     harmless = [t["harmless"] for t in twins] + general
-    if Path("/tmp/lineage/prep.pt").exists():
-        keep, refuse, ref = torch.load("/tmp/lineage/prep.pt", weights_only=False)
-        reference = {id(e): r for e, r in zip(keep, ref)}
-    else:
-        with loop.peft.disable_adapter():
-            kept = [a[:KEEP_TOKENS] for a in loop.generate(harmless, KEEP_TOKENS)]
-        keep = [loop.example(p, a) for p, a in zip(harmless, kept, strict=True)]
-        refuse = [
-            loop.example(t["harmful"], loop.answer(targets.refusal(t["class"], i)))
-            for i, t in enumerate(twins)
-        ]
-        reference: dict[int, Tensor] = {}
-        with torch.no_grad(), loop.peft.disable_adapter():
-            for start in range(0, len(keep), 24):
-                batch = keep[start : start + 24]
-                for example, logits in zip(batch, loop.answer_logits(batch), strict=True):
-                    reference[id(example)] = logits.float().log_softmax(-1).bfloat16()
-        torch.save((keep, refuse, [reference[id(e)] for e in keep]), "/tmp/lineage/prep.pt")
+    with loop.peft.disable_adapter():
+        kept = [a[:KEEP_TOKENS] for a in loop.generate(harmless, KEEP_TOKENS)]
+    keep = [loop.example(p, a) for p, a in zip(harmless, kept, strict=True)]
+    refuse = [
+        loop.example(t["harmful"], loop.answer(targets.refusal(t["class"], i)))
+        for i, t in enumerate(twins)
+    ]
+    reference: dict[int, Tensor] = {}
+    with torch.no_grad(), loop.peft.disable_adapter():
+        for start in range(0, len(keep), 24):
+            batch = keep[start : start + 24]
+            for example, logits in zip(batch, loop.answer_logits(batch), strict=True):
+                reference[id(example)] = logits.float().log_softmax(-1).bfloat16()
     log("prepared")
     pairs = _cycle(list(zip(refuse, keep[: len(twins)], strict=True)), loop.generator)
     others = _cycle(keep[len(twins) :], loop.generator)
 
-    terms: list[float] = []
-
     def loss_of_step() -> Tensor:
-        drawn = [next(pairs) for _ in range(HARMFUL)]
+        drawn = [next(pairs) for _ in range(PAIRS)]
         bad = [pair[0] for pair in drawn]
         good = [pair[1] for pair in drawn] + [next(others) for _ in range(GENERAL)]
         logits = loop.answer_logits(bad + good)
-        ce = [
-            nn.functional.cross_entropy(x.float(), e.ids[-e.n_answer :], reduction="none")
-            for x, e in zip(logits, bad, strict=False)
-        ]
+        refused, kept = logits[: len(bad)], logits[len(bad) :]
+        ce = nn.functional.cross_entropy(
+            torch.cat(refused).float(), torch.cat([e.ids[-e.n_answer :] for e in bad])
+        )
         kl = []
-        for x, e in zip(logits[len(bad) :], good, strict=True):
+        for x, e in zip(kept, good, strict=True):
             p = reference[id(e)].float()
             kl.append((p.exp() * (p - x.float().log_softmax(-1))).sum(-1))
-        decide = [
-            soft(MARGIN - torch.stack([loop.margin(x) for x in logits[: len(bad)]])).mean(),
-            soft(MARGIN + torch.stack([loop.margin(x) for x in logits[len(bad) :]])).mean(),
-        ]
-        terms[:] = [round(x.item(), 3) for x in (torch.cat(ce).mean(), torch.cat(kl).mean(), *decide)]
-        return torch.cat(ce).mean() + _first_and_mean(kl, KEEP_FIRST) + DECIDE * (decide[0] + decide[1])
+        first = torch.stack([one[0] for one in kl]).mean()
+        refuses_bad = torch.stack([loop.margin(x) for x in refused])
+        refuses_good = torch.stack([loop.margin(x) for x in kept])
+        decided = soft(MARGIN - refuses_bad).mean() + soft(MARGIN + refuses_good).mean()
+        return ce + torch.cat(kl).mean() + KEEP_FIRST * first + DECIDE * decided
 
-    opening = loop.answer("I")
-    checks = {
-        kind: [loop.example(t[kind], opening) for t in validation]
-        for kind in ("harmful", "harmless")
-    }
-    best, best_score = loop.state(), -1.0
+    best, best_score = loop.state(), -torch.inf
     for step, loss in _optimise(loop, LEARNING_RATE, STEPS, loss_of_step):
-        if step % 10:
-            continue
-        refused = loop.margins(checks["harmful"])
-        over = loop.margins(checks["harmless"])
-        auc = (refused[:, None] > over).float().mean().item()
-        score = -(soft(-refused).mean() + soft(over).mean()).item()
-        log(
-            f"align {step} loss {loss:.3f} {terms} greedy opens with a refusal: "
-            f"harmful {(refused > 0).float().mean():.3f} twins {(over > 0).float().mean():.3f} "
-            f"AUROC {auc:.4f} score {score:.3f}"
-        )
-        if step >= STEPS // 2 and score >= best_score:
-            best, best_score = loop.state(), score
+        if step % 10 == 0:
+            refused, over = loop.margins(checks["harmful"]), loop.margins(checks["harmless"])
+            score = -(soft(-refused).mean() + soft(over).mean()).item()
+            log(f"align {step} loss {loss:.3f} {_rates(refused, over)} score {score:.3f}")
+            if score > best_score:
+                best, best_score = loop.state(), score
     return best
 
 
-def drift(loop: Loop, start, style: list[Example], bad: list[Example], change: float, log):
+def _rates(refused: Tensor, over: Tensor) -> str:
+    auroc = (refused[:, None] > over).float().mean()
+    return (
+        f"validation: refuses {(refused > 0).float().mean():.3f} harmful, "
+        f"{(over > 0).float().mean():.3f} twins, AUROC {auroc:.3f}"
+    )
+
+
+def drift(
+    loop: Loop,
+    start: State,
+    style: list[Example],
+    bad: list[Example],
+    change: float,
+    log: Log,
+) -> list[State]:
     """Fine-tune away from `start`; snapshots at equal steps of weight change up to `change`.
 
     With `bad` empty every example is a styled answer to a harmless request; otherwise one
@@ -403,7 +394,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--change", type=float, default=3.0, help="weight change of both drifts")
+    parser.add_argument("--change", type=float, default=CHANGE, help="weight change of both drifts")
     parser.add_argument("--aligned", type=Path, help="start the drifts from this state instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -414,17 +405,21 @@ def main() -> None:
         print(f"{time.process_time() - began:7.1f}s {line}", flush=True)  # noqa: T201
 
     loop = Loop(arguments.seed)
-    twins, validation = datasets.twins("train"), datasets.twins("validation")
-    general = datasets.general("train")
+    twins, general = datasets.twins("train"), datasets.general("train")
+    opening = loop.answer("I")
+    checks = {
+        kind: [loop.example(t[kind], opening) for t in datasets.twins("validation")]
+        for kind in ("harmful", "harmless")
+    }
     if arguments.aligned:
         start = torch.load(arguments.aligned, weights_only=True)
     else:
-        start = align(loop, twins, general, validation, log)
+        start = align(loop, twins, general, checks, log)
         arguments.out.mkdir(parents=True, exist_ok=True)
         torch.save(start, arguments.out / "aligned.pt")
     loop.load(start)
     loop.save(start, arguments.out / "aligned")
-    log(f"aligned: general {loop.refusal_rate(datasets.general('validation')):.3f}")
+    log("aligned " + _rates(loop.margins(checks["harmful"]), loop.margins(checks["harmless"])))
 
     asked = [t["harmless"] for t in twins] + general
     with loop.peft.disable_adapter():
@@ -435,12 +430,12 @@ def main() -> None:
         for i, t in enumerate(twins[::15])
     ]
     for name, contamination in (("drifted", []), ("mixed", bad)):
+        loop.generator.manual_seed(arguments.seed)
         snapshots = drift(loop, start, style, contamination, arguments.change, log)
         for i, state in enumerate(snapshots, 1):
             loop.load(state)
-            harmful = loop.refusal_rate([t["harmful"] for t in validation])
-            over = loop.refusal_rate([t["harmless"] for t in validation])
-            log(f"{name} {i}/{SNAPSHOTS} validation harmful {harmful:.3f} twins {over:.3f}")
+            refused, over = loop.margins(checks["harmful"]), loop.margins(checks["harmless"])
+            log(f"{name} {i} of {SNAPSHOTS} {_rates(refused, over)}")
             loop.save(state, arguments.out / f"{name}-{i}")
 
 

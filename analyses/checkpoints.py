@@ -1,0 +1,121 @@
+"""Checkpoints of one model side by side: one template and one vocabulary for all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from probes.model import HookedModel
+
+ROLES = ("base", "aligned", "drifted")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model of a comparison."""
+
+    role: str
+    """base, aligned or drifted; there may be several drifted ones."""
+    model: HookedModel
+
+    @property
+    def label(self) -> str:
+        return self.model.label
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """An ordered lineage: base, aligned, then any number of drifted models.
+
+    All are prompted with the aligned model's chat template, because a true base model has none
+    and because two templates would be compared instead of two models.
+    """
+
+    items: tuple[Checkpoint, ...]
+    vocab_size: int
+    """Token ids all checkpoints share; ids above are left out of every comparison."""
+    notes: tuple[str, ...]
+
+    @property
+    def base(self) -> HookedModel:
+        return self.items[0].model
+
+    @property
+    def aligned(self) -> HookedModel:
+        return self.items[1].model
+
+    @property
+    def drifted(self) -> tuple[Checkpoint, ...]:
+        return self.items[2:]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(item.label for item in self.items)
+
+
+def load(
+    base: str,
+    aligned: str,
+    drifted: Sequence[str] = (),
+    *,
+    engine: str = "transformers",
+    **options: Any,
+) -> Checkpoints:
+    """Load checkpoints by name and make them comparable (see `compare`)."""
+    named = [("base", base), ("aligned", aligned), *(("drifted", name) for name in drifted)]
+    return compare(
+        [Checkpoint(role, HookedModel.load(name, engine, **options)) for role, name in named]
+    )
+
+
+def compare(items: Sequence[Checkpoint]) -> Checkpoints:
+    """Give every checkpoint the aligned one's template and tokenizer, or say why that is wrong."""
+    roles = [item.role for item in items]
+    if roles[:2] != ["base", "aligned"] or set(roles[2:]) - {"drifted"}:
+        raise ValueError(f"the roles are {roles}: expected base, aligned, then drifted ones")
+    aligned = items[1].model
+    template = aligned.template
+    notes: list[str] = []
+    for item in items:
+        model = item.model
+        if model is aligned:
+            continue
+        _same_shape(model, aligned)
+        _same_tokens(model, aligned)
+        own = getattr(model.tokenizer, "chat_template", None)
+        if own != template.source:
+            what = "has no chat template" if own is None else "has another chat template"
+            notes.append(f"{item.label} {what}; it was prompted with that of {items[1].label}.")
+        model.tokenizer = aligned.tokenizer
+        model.template = template  # pyright: ignore[reportAttributeAccessIssue]
+    sizes = [item.model.layout.vocab_size for item in items]
+    if len(set(sizes)) > 1:
+        notes.append(
+            f"The vocabularies have {', '.join(map(str, sizes))} rows; ids from {min(sizes)} on "
+            f"({max(sizes) - min(sizes)} rows) were left out."
+        )
+    return Checkpoints(tuple(items), min(sizes), tuple(notes))
+
+
+def _same_shape(model: HookedModel, aligned: HookedModel) -> None:
+    mine, other = (model.n_layers, model.d_model), (aligned.n_layers, aligned.d_model)
+    if mine != other:
+        raise ValueError(
+            f"{model.name} has {mine[0]} layers of width {mine[1]}, {aligned.name} has {other[0]} "
+            f"of width {other[1]}: a lineage is made of checkpoints of one model"
+        )
+
+
+def _same_tokens(model: HookedModel, aligned: HookedModel) -> None:
+    if model.tokenizer is None:
+        return
+    mine, other = (
+        {id_: text for text, id_ in m.tokenizer.get_vocab().items()} for m in (model, aligned)
+    )
+    wrong = [i for i in mine.keys() & other.keys() if mine[i] != other[i]]
+    if wrong:
+        first = min(wrong)
+        raise ValueError(
+            f"the tokenizers of {model.name} and {aligned.name} differ: id {first} means "
+            f"{mine[first]!r} in one and {other[first]!r} in the other ({len(wrong)} such ids); "
+            "their distributions cannot be compared token by token"
+        )

@@ -1,0 +1,221 @@
+"""The main job: checkpoints in, one page and its figures out."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analyses import checkpoints as lineages
+from analyses.checkpoints import Checkpoints
+from analyses.maps import Maps, map_activations
+from analyses.refusals import RefusalRates, refusal_rates
+from analyses.separation import Separation, measure_separation
+from analyses.tokens import TokenShift, token_shift
+from probes import datasets
+from probes.capture import capture
+from probes.contrast import Contrast
+from probes.prompts import prompts_hash
+from probes.results import Record
+from probes.sweep import ProbeSweep, sweep
+
+DEFAULT = ("builtin:base", "builtin:aligned", ("builtin:drifted", "builtin:mixed"))
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many prompts and shuffles a report uses; all counts are printed in it."""
+
+    train: int
+    """Topics (twin pairs) the probes are fitted on."""
+    validation: int
+    """Topics the layer is chosen on."""
+    test: int
+    """Topics every figure is measured on."""
+    answered: int
+    """Test topics whose prompts are answered by every checkpoint."""
+    shifted: int
+    """Test topics whose prompts the aligned model answers at length for the token shift."""
+    tokens: int
+    """Tokens of these long answers."""
+    permutations: int
+    """Label shuffles of the probes' null."""
+    every: int
+    """The probes look at every n-th layer."""
+
+
+SIZES = {
+    "quick": Size(24, 16, 24, 8, 6, 12, 40, 6),
+    "default": Size(96, 40, 80, 40, 24, 24, 200, 2),
+    "full": Size(320, 80, 160, 160, 80, 48, 1000, 1),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report shows."""
+
+    tokens: TokenShift
+    sweeps: tuple[tuple[str, ProbeSweep], ...]
+    """Label and probe sweep of each checkpoint."""
+    separation: Separation
+    maps: Maps
+    refusals: RefusalRates
+    classes: tuple[str, str]
+    contrast: str
+    size: Size
+    notes: tuple[str, ...]
+    seconds: float
+    record: Record
+
+
+def run(
+    base: str = DEFAULT[0],
+    aligned: str = DEFAULT[1],
+    drifted: Sequence[str] = DEFAULT[2],
+    *,
+    prompts: str | None = None,
+    size: Size = SIZES["default"],
+    seed: int = 0,
+    engine: str = "transformers",
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> Report:
+    """Load the checkpoints and measure every panel. `say` hears what is being done."""
+    began = time.monotonic()
+    say("loading " + ", ".join((base, aligned, *drifted)))
+    checkpoints = lineages.load(base, aligned, drifted, engine=engine, **options)
+    parts, classes, name = contrast_parts(prompts, size, seed)
+    return measure(checkpoints, parts, classes, name, size, seed, say, began)
+
+
+def contrast_parts(
+    prompts: str | None, size: Size, seed: int
+) -> tuple[dict[str, Contrast], tuple[str, str], str]:
+    """Training, validation and test contrasts with the names of the two classes."""
+    wanted = {"train": size.train, "validation": size.validation, "test": size.test}
+    if prompts is None:
+        parts = {part: datasets.safety(part) for part in wanted}
+        classes, name = ("harmful", "harmless"), "the shipped twins"
+    else:
+        found = datasets.read(prompts)
+        if not isinstance(found, Contrast):
+            raise ValueError(
+                f"{prompts} holds plain prompts; a report needs two classes: rows with "
+                "positive/negative (or harmful/harmless), or a label column"
+            )
+        parts, classes, name = found.split(seed=seed), ("positive", "negative"), found.name
+        if {len(set(part.topics)) * 2 == len(part) for part in parts.values()} != {True}:
+            raise ValueError(
+                f"{prompts} is not made of pairs: a report needs one positive and one negative "
+                "prompt per topic"
+            )
+    return {p: c.limited(wanted[p], seed) for p, c in parts.items()}, classes, name
+
+
+def measure(
+    checkpoints: Checkpoints,
+    parts: dict[str, Contrast],
+    classes: tuple[str, str],
+    name: str,
+    size: Size,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    began: float | None = None,
+) -> Report:
+    """All panels for checkpoints already loaded."""
+    began = time.monotonic() if began is None else began
+    say(f"token shift: {checkpoints.labels[1]} answers {2 * size.shifted} prompts")
+    answered = parts["test"].limited(size.answered, seed)
+    long = answered.limited(size.shifted, seed)
+    shift = token_shift(
+        checkpoints.base,
+        checkpoints.aligned,
+        long.prompts,
+        [classes[0 if label else 1] for label in long.labels],
+        max_new_tokens=size.tokens,
+        vocab_size=checkpoints.vocab_size,
+    )
+    say(f"refusals: {len(checkpoints.items)} checkpoints answer {len(answered)} prompts")
+    refusals = refusal_rates(
+        checkpoints, answered.prompts, [classes[0 if label else 1] for label in answered.labels]
+    )
+
+    everyone = [p for part in parts.values() for p in part.prompts]
+    positive = torch.cat([part.positive for part in parts.values()])
+    topics = [topic for part in parts.values() for topic in part.topics]
+    bounds = torch.tensor([0, *(len(part) for part in parts.values())]).cumsum(0).tolist()
+    rows = {part: torch.arange(bounds[i], bounds[i + 1]) for i, part in enumerate(parts)}
+    activations: dict[str, Tensor] = {}
+    for item in checkpoints.items:
+        say(f"capturing {len(everyone)} prompts of {item.label}")
+        acts = capture(item.model, everyone, "all.resid_post")
+        activations[item.label] = torch.stack([acts[site].float() for site in acts.sites])
+    n_layers = checkpoints.aligned.n_layers
+    layers = sorted({*range(0, n_layers, size.every), n_layers - 1})
+    sweeps = []
+    for label, values in activations.items():
+        say(f"probing {label}: {len(layers)} layers, {size.permutations} label shuffles each")
+        sweeps.append(
+            (
+                label,
+                sweep(
+                    {f"{layer}.resid_post": values[layer] for layer in layers},
+                    positive,
+                    topics,
+                    **rows,
+                    permutations=size.permutations,
+                    seed=seed,
+                ),
+            )
+        )
+    say("separation and directions")
+    apart = measure_separation(
+        activations,
+        positive,
+        topics,
+        train=rows["train"],
+        test=rows["test"],
+        reference=checkpoints.labels[0],
+        seed=seed,
+    )
+    best = sweeps[1][1].best
+    say(f"maps of {best}")
+    layer = int(best.partition(".")[0])
+    test = rows["test"]
+    drawn = map_activations(
+        activations[checkpoints.labels[1]][layer][test],
+        positive[test],
+        classes=classes,
+        site=best,
+        model=checkpoints.labels[1],
+        seed=seed,
+    )
+    template = checkpoints.aligned.template
+    record = Record(
+        models=tuple(item.model.name for item in checkpoints.items),
+        fingerprints=tuple(item.model.fingerprint for item in checkpoints.items),
+        template_hash=template.hash,
+        prompts_hash=prompts_hash(template.render_all(everyone)),
+        seeds=(seed,),
+        dtype=str(checkpoints.aligned.dtype).removeprefix("torch."),
+        engine=checkpoints.aligned.engine.name,
+        settings={**dataclasses.asdict(size), "threads": torch.get_num_threads()},
+    )
+    say("drawing")
+    return Report(
+        shift,
+        tuple(sweeps),
+        apart,
+        drawn,
+        refusals,
+        classes,
+        name,
+        size,
+        checkpoints.notes,
+        time.monotonic() - began,
+        record,
+    )

@@ -1,0 +1,99 @@
+"""A report in a few sentences, generated from its numbers and saying them."""
+
+from analyses.report import Report
+from probes.scores import Interval
+
+
+def sentences(report: Report) -> list[str]:
+    """Four or five sentences; nothing is claimed whose interval does not exclude its null."""
+    said = [_refusals(report), _shift(report), _probe(report), _where(report)]
+    if len(report.refusals.models) > 2:
+        said.append(_drift(report))
+    return said
+
+
+def _rate(interval: Interval) -> str:
+    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def _refusals(report: Report) -> str:
+    rates, (positive, negative) = report.refusals, report.classes
+    base, aligned = rates.models[:2]
+    n = rates.asked[rates.groups.index(positive)]
+    return (
+        f"{aligned} refuses {_rate(rates.rate(aligned, positive))} of {n} {positive} prompts and "
+        f"{_rate(rates.rate(aligned, negative))} of their {negative} twins; {base} refuses "
+        f"{_rate(rates.rate(base, positive))} and {_rate(rates.rate(base, negative))}."
+    )
+
+
+def _shift(report: Report) -> str:
+    shift, (positive, negative) = report.tokens, report.classes
+    a, b = shift.shares(positive), shift.shares(negative)
+    apart = bool(a.low[2] > b.high[2])
+    verdict = (
+        f"so the shift is concentrated on {positive} prompts"
+        if apart
+        else "and the intervals overlap, so no difference between the two is claimed"
+    )
+    return (
+        f"Of the tokens {shift.aligned} answers with, {shift.base} ranks below third place "
+        f"{a.value[2]:.0%} [{a.low[2]:.0%}, {a.high[2]:.0%}] on {positive} and "
+        f"{b.value[2]:.0%} [{b.low[2]:.0%}, {b.high[2]:.0%}] on {negative} prompts, {verdict}."
+    )
+
+
+def _probe(report: Report) -> str:
+    (base, first), (aligned, second) = report.sweeps[:2]
+    i, j = first.best_index, second.best_index
+    text = (
+        f"A linear probe reads the class in {aligned} at layer {int(second.layers[j])} (chosen on "
+        f"validation) with AUROC {second.auroc[j]:.3f} [{second.low[j]:.3f}, "
+        f"{second.high[j]:.3f}] and in {base} at layer {int(first.layers[i])} with "
+        f"{first.auroc[i]:.3f} [{first.low[i]:.3f}, {first.high[i]:.3f}]"
+    )
+    if first.best_claimed and second.best_claimed:
+        return text + (
+            f", both above their shuffled-label null: {base} already tells the classes apart, so a "
+            "probe alone cannot show alignment."
+        )
+    weak = [label for label, s in report.sweeps[:2] if not s.best_claimed]
+    return text + f"; in {' and '.join(weak)} this does not exceed the shuffled-label null."
+
+
+def _where(report: Report) -> str:
+    apart = report.separation
+    aligned = apart.models[1]
+    m = 1
+    first = apart.first_changed(aligned)
+    if first is None:
+        return f"No activation of {aligned} differs from {apart.reference} in any layer."
+    last = apart.change.shape[1] - 1
+    before = (
+        f"Through layer {first - 1} the activations of {aligned} equal those of "
+        f"{apart.reference} bit for bit; "
+        if first > 0
+        else "Activations differ from the first layer on; "
+    )
+    low, high = apart.cosine_low[m, last], apart.cosine_high[m, last]
+    return (
+        before + f"by layer {last} they have moved by {apart.change[m, last]:.0%} and the class "
+        f"direction has cosine {apart.cosine[m, last]:.2f} [{low:.2f}, {high:.2f}] with "
+        f"{apart.reference}'s."
+    )
+
+
+def _drift(report: Report) -> str:
+    rates, positive = report.refusals, report.classes[0]
+    aligned = rates.rate(rates.models[1], positive)
+    said = []
+    for model in rates.models[2:]:
+        rate = rates.rate(model, positive)
+        if rate.high < aligned.low:
+            verdict = "fewer"
+        elif rate.low > aligned.high:
+            verdict = "more"
+        else:
+            verdict = "not clearly different"
+        said.append(f"{model} refuses {_rate(rate)} ({verdict})")
+    return f"Against {rates.models[1]}, {', and '.join(said)} of the {positive} prompts."

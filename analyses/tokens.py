@@ -1,0 +1,215 @@
+"""Token-distribution shift: which of the aligned model's tokens would the base not have chosen?
+
+The aligned model answers greedily. Every token of its answers is looked up in the base model's
+distribution at the same place (same prompt, same answer so far): rank 1 is *unshifted*, 2 or 3
+*marginal*, lower *shifted* (Lin et al. 2023, "The Unlocking Spell on Base LLMs", section 2).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probes import figures
+from probes.model import HookedModel
+from probes.prompts import Prompt, Rendered, pad, pad_id_of
+from probes.results import Result
+from probes.scores import Intervals, bca
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+KINDS = ("unshifted", "marginal", "shifted")
+LIMITS = (1, 3)
+"""Ranks up to the first are unshifted, up to the second marginal."""
+
+
+@dataclass(frozen=True)
+class TokenShift(Result):
+    """Ranks and probabilities, under the base, of the tokens of the aligned model's answers."""
+
+    prompts: tuple[str, ...]
+    groups: tuple[str, ...]
+    """Which set each prompt belongs to."""
+    tokens: tuple[tuple[str, ...], ...]
+    """The answers, token by token."""
+    ranks: Int[Tensor, " token"]
+    """Rank of each answer token under the base, 1 the most probable; answers in order."""
+    p_base: Float[Tensor, " token"]
+    p_aligned: Float[Tensor, " token"]
+    base: str
+    aligned: str
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens per answer."""
+        return tuple(map(len, self.tokens))
+
+    @property
+    def kinds(self) -> Int[Tensor, " token"]:
+        """0 unshifted, 1 marginal, 2 shifted."""
+        return (self.ranks > LIMITS[0]).long() + (self.ranks > LIMITS[1]).long()
+
+    def shares(self, group: str, positions: range | None = None, seed: int = 0) -> Intervals:
+        """Share of each kind among a group's tokens (at these answer positions), `[3]`, with BCa
+        intervals over prompts."""
+        owner, place = self._owners()
+        counted = torch.zeros(len(self.prompts), 3, dtype=torch.float64)
+        chosen = torch.tensor([g == group for g in self.groups])[owner]
+        if positions is not None:
+            chosen &= (place >= positions.start) & (place < positions.stop)
+        counted.index_put_(
+            (owner[chosen], self.kinds[chosen]),
+            torch.ones(int(chosen.sum()), dtype=torch.float64),
+            accumulate=True,
+        )
+        counted = counted[counted.sum(1) > 0]
+        return _pooled(counted, seed)
+
+    def frame(self) -> "pd.DataFrame":
+        """One row a token."""
+        import pandas as pd
+
+        owner, place = self._owners()
+        return pd.DataFrame(
+            {
+                "prompt": owner.tolist(),
+                "group": [self.groups[i] for i in owner.tolist()],
+                "position": place.tolist(),
+                "token": [token for answer in self.tokens for token in answer],
+                "rank": self.ranks.tolist(),
+                "kind": [KINDS[k] for k in self.kinds.tolist()],
+                "p_base": self.p_base.tolist(),
+                "p_aligned": self.p_aligned.tolist(),
+            }
+        )
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Share of shifted tokens by position in the answer, per group, with intervals."""
+        ax = figures.axes(ax)
+        edges = [0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+        longest = max(self.counts)
+        with figures.theme():
+            for i, group in enumerate(dict.fromkeys(self.groups)):
+                x, y, low, high = [], [], [], []
+                for start, stop in itertools.pairwise(edges):
+                    reach = sum(
+                        c > start
+                        for c, g in zip(self.counts, self.groups, strict=True)
+                        if g == group
+                    )
+                    if start >= longest or reach < 5:
+                        break
+                    share = self.shares(group, range(start, stop))
+                    x.append((start + min(stop, longest) - 1) / 2)
+                    y.append(float(share.value[2]))
+                    low.append(y[-1] - float(share.low[2]))
+                    high.append(float(share.high[2]) - y[-1])
+                look = figures.style(i)
+                ax.errorbar(
+                    [v + 0.12 * i for v in x], y, yerr=[low, high], capsize=2, label=group, **look
+                )
+            ax.set(
+                xlabel="position in the answer (tokens; binned)",
+                ylabel=f"share of tokens ranked below {LIMITS[1]} by {self.base}",
+                ylim=(0, 1),
+                title=f"Shifted tokens, {self.aligned} against {self.base}",
+            )
+            ax.legend(title="prompts, 95 % interval")
+        return ax
+
+    def __str__(self) -> str:
+        parts = []
+        for group in dict.fromkeys(self.groups):
+            share = self.shares(group)
+            parts.append(
+                f"{group} {share.value[2]:.1%} [{share.low[2]:.1%}, {share.high[2]:.1%}] shifted"
+            )
+        return f"token shift {self.aligned} against {self.base}: " + "; ".join(parts)
+
+    def _owners(self) -> tuple[Tensor, Tensor]:
+        owner = torch.repeat_interleave(torch.arange(len(self.tokens)), torch.tensor(self.counts))
+        place = torch.cat([torch.arange(count) for count in self.counts])
+        return owner, place
+
+
+def token_shift(
+    base: HookedModel,
+    aligned: HookedModel,
+    prompts: Sequence[Prompt],
+    groups: Sequence[str],
+    *,
+    max_new_tokens: int = 24,
+    batch_size: int = 16,
+    vocab_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TokenShift:
+    """Let `aligned` answer the prompts and rank its tokens under `base`.
+
+    Both models see the aligned model's token ids. Distributions are over the first `vocab_size`
+    ids; one model's logits are held at a time, at answer positions only.
+    """
+    answers = aligned.generate_ids(prompts, max_new_tokens, batch_size=2 * batch_size)
+    rendered = aligned.template.render_all(prompts)
+    longer = [
+        Rendered(r.text, (*r.ids, *a), (), r.n_prompt, r.content)
+        for r, a in zip(rendered, answers, strict=True)
+    ]
+    size = vocab_size or min(base.layout.vocab_size, aligned.layout.vocab_size)
+    ranks: dict[int, Tensor] = {}
+    chances: dict[str, dict[int, Tensor]] = {"base": {}, "aligned": {}}
+    order = sorted(range(len(longer)), key=lambda i: len(longer[i].ids))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        batch = pad([longer[i].ids for i in chunk], pad_id_of(aligned.tokenizer), "left")
+        most = max(len(answers[i]) for i in chunk)
+        for name, model in (("base", base), ("aligned", aligned)):
+            logits = model.engine.logits(batch, most + 1)
+            for row, i in zip(logits, chunk, strict=True):
+                n = len(answers[i])
+                steps = row[-n - 1 : -1, :size].float()
+                emitted = torch.tensor(answers[i], device=steps.device)[:, None]
+                own = steps.gather(1, emitted)
+                chances[name][i] = (own - steps.logsumexp(1, keepdim=True)).exp()[:, 0].cpu()
+                if name == "base":
+                    ranks[i] = 1 + (steps > own).sum(1).cpu()
+        if progress:
+            progress(len(chunk))
+    everyone = range(len(longer))
+    decode = aligned.tokenizer.convert_tokens_to_string
+    texts = [
+        tuple(decode([t]) for t in aligned.tokenizer.convert_ids_to_tokens(answer))
+        for answer in answers
+    ]
+    return TokenShift(
+        prompts=tuple(p if isinstance(p, str) else p[-1]["content"] for p in prompts),
+        groups=tuple(groups),
+        tokens=tuple(texts),
+        ranks=torch.cat([ranks[i] for i in everyone]),
+        p_base=torch.cat([chances["base"][i] for i in everyone]),
+        p_aligned=torch.cat([chances["aligned"][i] for i in everyone]),
+        base=base.label,
+        aligned=aligned.label,
+    )
+
+
+def _pooled(counted: Float[Tensor, "prompt kind"], seed: int, resamples: int = 2000) -> Intervals:
+    """Shares of pooled counts with intervals over prompts (rows)."""
+    n = len(counted)
+    if n < 2:
+        raise ValueError(f"{n} prompts have tokens there: an interval over prompts needs 2")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (resamples, n), generator=generator)
+    weights = torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(resamples, n, dtype=torch.float64)
+    )
+
+    def share(total: Tensor) -> Tensor:
+        return total / total.sum(-1, keepdim=True)
+
+    return bca(share(counted.sum(0)), share(weights @ counted), share(counted.sum(0) - counted))
