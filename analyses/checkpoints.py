@@ -1,5 +1,7 @@
 """Checkpoints of one model side by side: one template and one vocabulary for all of them."""
 
+import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,32 +70,66 @@ def load(
 
 
 def compare(items: Sequence[Checkpoint]) -> Checkpoints:
-    """Give every checkpoint the aligned one's template and tokenizer, or say why that is wrong."""
+    """Give every checkpoint the aligned one's template and tokenizer, or say why that is wrong.
+
+    The models given stay as they are: those of the answer share their weights, and carry labels
+    that no two of them have in common.
+    """
     roles = [item.role for item in items]
     if roles[:2] != ["base", "aligned"] or set(roles[2:]) - {"drifted"}:
         raise ValueError(f"the roles are {roles}: expected base, aligned, then drifted ones")
     aligned = items[1].model
     template = aligned.template
+    labels = _labels(items)
     notes: list[str] = []
-    for item in items:
-        model = item.model
-        if model is aligned:
-            continue
-        _same_shape(model, aligned)
-        _same_tokens(model, aligned)
-        own = getattr(model.tokenizer, "chat_template", None)
-        if own != template.source:
-            what = "has no chat template" if own is None else "has another chat template"
-            notes.append(f"{item.label} {what}; it was prompted with that of {items[1].label}.")
+    shared: list[Checkpoint] = []
+    for item, label in zip(items, labels, strict=True):
+        model = copy.copy(item.model)
+        if item.model is not aligned:
+            _same_shape(model, aligned)
+            _same_tokens(model, aligned)
+            own = getattr(model.tokenizer, "chat_template", None)
+            if template.chat and own != template.source:
+                what = "has no chat template" if own is None else "has another chat template"
+                notes.append(f"{label} {what}; it was prompted with that of {labels[1]}.")
+        model.label = label
         model.tokenizer = aligned.tokenizer
         model.template = template  # pyright: ignore[reportAttributeAccessIssue]
+        shared.append(Checkpoint(item.role, model))
     sizes = [item.model.layout.vocab_size for item in items]
+    _fits(aligned, min(sizes))
     if len(set(sizes)) > 1:
         notes.append(
             f"The vocabularies have {', '.join(map(str, sizes))} rows; ids from {min(sizes)} on "
             f"({max(sizes) - min(sizes)} rows) were left out."
         )
-    return Checkpoints(tuple(items), min(sizes), tuple(notes))
+    return Checkpoints(tuple(shared), min(sizes), tuple(notes))
+
+
+def _labels(items: Sequence[Checkpoint]) -> list[str]:
+    """Labels; those that several checkpoints have become the full names, then are numbered."""
+    for labels in ([item.label for item in items], [item.model.name for item in items]):
+        if len(set(labels)) == len(labels):
+            return labels
+    often, seen = Counter(item.label for item in items), Counter[str]()
+    found = []
+    for item in items:
+        seen[item.label] += 1
+        more = f" ({seen[item.label]})" if often[item.label] > 1 else ""
+        found.append(item.label + more)
+    return found
+
+
+def _fits(aligned: HookedModel, vocab_size: int) -> None:
+    """The template's own tokens must exist in every checkpoint, or no prompt can be read."""
+    ids = aligned.template.render("a").ids
+    if max(ids) >= vocab_size:
+        token = aligned.tokenizer.convert_ids_to_tokens(max(ids))
+        raise ValueError(
+            f"the prompts of {aligned.name} hold {token!r}, id {max(ids)}, and the smallest "
+            f"vocabulary of the lineage has {vocab_size} rows: load the checkpoints with a "
+            "template made of common tokens, or template='none'"
+        )
 
 
 def _same_shape(model: HookedModel, aligned: HookedModel) -> None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from analyses.figures import broken, legend_below
 from probes import figures
 from probes.results import Result
 
@@ -62,7 +63,7 @@ class Maps(Result):
         ax = figures.axes(ax)
         with figures.theme():
             for i, own in enumerate((self.positive, ~self.positive)):
-                look = figures.style(1 - i)
+                look = figures.style(i)  # the positive class first, as in the other panels
                 ax.scatter(
                     at[own, 0],
                     at[own, 1],
@@ -73,8 +74,8 @@ class Maps(Result):
                     marker=look["marker"],
                     label=f"{self.classes[i]} (n = {int(own.sum())})",
                 )
-            ax.set(xlabel=labels[0], ylabel=labels[1], title=title)
-            ax.legend()
+            ax.set(xlabel=labels[0], ylabel=labels[1], title=broken(title))
+            legend_below(ax)
         return ax
 
     def __str__(self) -> str:
@@ -94,13 +95,17 @@ def map_activations(
     centred = x.double() - x.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     share = s.square() / s.square().sum()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numba and umap announce their own settings
-        from umap import UMAP
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numba and umap announce their own settings
+            from umap import UMAP
 
-        fitted = UMAP(
-            n_neighbors=min(NEIGHBOURS, len(x) - 1), random_state=seed, n_jobs=1
-        ).fit_transform(centred.float().numpy())
+            fitted = UMAP(
+                n_neighbors=min(NEIGHBOURS, len(x) - 1), random_state=seed, n_jobs=1
+            ).fit_transform(centred.float().numpy())
+    finally:
+        torch.set_num_threads(threads)  # numba sets OpenMP's number, which is torch's too
     return Maps(
         pca=(u[:, :2] * s[:2]).float(),
         explained=(float(share[0]), float(share[1])),

@@ -1,12 +1,15 @@
 """A report written to disk: one offline page, figures, a table, the numbers and their record."""
 
 import base64
+import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from analyses import summary
+from analyses.figures import broken, legend_below
 from analyses.report import Report
 from analyses.tokens import KINDS
 from probes import figures, files
@@ -35,9 +38,7 @@ def write(report: Report, folder: Path | str) -> Path:
         dataclasses.replace(result, record=report.record).save(folder / "results" / name)
     rows = table(report)
     said = summary.sentences(report)
-    header = list(rows[0])
-    lines = [",".join(header), *(",".join(_cell(row[key]) for key in header) for row in rows)]
-    files.write_text(folder / "table.csv", "\n".join(lines) + "\n")
+    files.write_text(folder / "table.csv", _csv(rows))
     files.write_json(
         folder / "result.json",
         {"summary": said, "size": dataclasses.asdict(report.size), "table": rows},
@@ -52,16 +53,16 @@ def draw(report: Report) -> dict[str, Any]:
     """One figure for each panel."""
     from matplotlib.figure import Figure
 
-    def panel(n: int, height: float = 3.3) -> tuple[Figure, Any]:
+    def panel(n: int, height: float = 3.9) -> tuple[Figure, Any]:
         with figures.theme():
             figure = Figure(figsize=(4.6 * n, height), layout="constrained")
             return figure, figure.subplots(1, n, squeeze=False)[0]
 
     shift, (ax,) = panel(1)
     report.tokens.plot(ax)
-    probe, (ax,) = panel(1, 3.6)
+    probe, (ax,) = panel(1, 4.4)
     _draw_sweeps(report, ax)
-    apart, axes = panel(3)
+    apart, axes = panel(3, 4.2)
     report.separation.plot(axes[0])
     report.separation.plot_cosine(axes[1])
     report.separation.plot_change(axes[2])
@@ -101,9 +102,11 @@ def _draw_sweeps(report: Report, ax: Any) -> None:
             xlabel="layer (0 is the first block)",
             ylabel="AUROC on test topics",
             ylim=(0.4, 1.02),
-            title=f"Reading {report.classes[0]} against {report.classes[1]}, {first.n_groups} topics",
+            title=broken(
+                f"Reading {report.classes[0]} against {report.classes[1]}, {first.n_groups} topics"
+            ),
         )
-        ax.legend(title="checkpoint, 95 % interval", loc="lower right")
+        legend_below(ax, "checkpoint, 95 % interval")
 
 
 def table(report: Report) -> list[dict[str, Any]]:
@@ -205,6 +208,10 @@ def _openings(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return f'"{text}"' if "," in text or '"' in text else text
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()

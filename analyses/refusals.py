@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from analyses.checkpoints import Checkpoints
+from analyses.figures import legend_below, name_ticks
 from probes import figures
 from probes.prompts import Prompt
 from probes.refusals import refuses
@@ -73,14 +74,14 @@ class RefusalRates(Result):
                     **figures.style(g),
                     label=f"{group} (n = {self.asked[g]})",
                 )
-            ax.set_xticks(range(len(self.models)), self.models)
+            name_ticks(ax, self.models)
             ax.set(
                 ylim=(-0.03, 1.03),
                 xlim=(-0.5, len(self.models) - 0.5),
                 ylabel="share of answers that open with a refusal",
                 title="Refusal rates",
             )
-            ax.legend(title="prompts, 95 % Wilson interval")
+            legend_below(ax, "prompts, 95 % Wilson interval")
         return ax
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from analyses.figures import broken, legend_below
 from probes import figures
 from probes.results import Result
 from probes.scores import bca
@@ -37,7 +38,9 @@ class Separation(Result):
     shuffled: Float[Tensor, "model layer"]
     """95th percentile of d' when labels are swapped within topics at random, training included."""
     cosine: Float[Tensor, "model layer"]
-    """Cosine of each model's direction with the reference's, from the same training topics."""
+    """Cosine of each model's direction with the reference's, from the same training topics, with
+    the jackknife's correction: what chance adds to both directions pulls a plain cosine to zero,
+    what it adds to both alike pulls it to one."""
     cosine_low: Float[Tensor, "model layer"]
     cosine_high: Float[Tensor, "model layer"]
     halves: Float[Tensor, " layer"]
@@ -93,7 +96,7 @@ class Separation(Result):
                 ylabel="separation d' (standard deviations)",
                 title="How far apart the classes lie",
             )
-            ax.legend(title="checkpoint, 95 % interval")
+            legend_below(ax, "checkpoint, 95 % interval")
         return ax
 
     def plot_cosine(self, ax: "Axes | None" = None) -> "Axes":
@@ -117,10 +120,10 @@ class Separation(Result):
             )
             ax.set(
                 xlabel="layer (0 is the first block)",
-                ylabel=f"cosine with the direction of {self.reference}",
+                ylabel=broken(f"cosine with the direction of {self.reference}", 40),
                 title="Is it the same direction?",
             )
-            ax.legend(title="checkpoint, 95 % interval")
+            legend_below(ax, "checkpoint, 95 % interval")
         return ax
 
     def plot_change(self, ax: "Axes | None" = None) -> "Axes":
@@ -151,9 +154,9 @@ class Separation(Result):
             ax.set(
                 xlabel="layer (0 is the first block)",
                 ylabel="mean change of the activation (%)",
-                title=f"Distance from {self.reference}",
+                title=broken(f"Distance from {self.reference}"),
             )
-            ax.legend(title="checkpoint")
+            legend_below(ax, "checkpoint")
         return ax
 
     def __str__(self) -> str:
@@ -185,9 +188,8 @@ def measure_separation(
     trained = _pairs(labels, topics, train)
     tested = _pairs(labels, topics, test)
     boot = _weights(len(tested), resamples, generator)
-    boot_train = _weights(len(trained), resamples, generator)
-    flips = torch.randint(2, (resamples, len(trained)), generator=generator) * 2.0 - 1
-    flips_test = torch.randint(2, (resamples, len(tested)), generator=generator) * 2.0 - 1
+    flips = _flips(resamples, len(trained), generator)
+    flips_test = _flips(resamples, len(tested), generator)
     half = torch.rand(20, len(trained), generator=generator).argsort(1) < len(trained) // 2
 
     n_layers = activations[reference].shape[0]
@@ -198,7 +200,6 @@ def measure_separation(
         own = {m: activations[m][layer].double() for m in models}
         differences = {m: own[m][trained[:, 0]] - own[m][trained[:, 1]] for m in models}
         directions = {m: d.mean(0) for m, d in differences.items()}
-        resampled = {m: boot_train @ d / len(d) for m, d in differences.items()}
         parts = [_unit(x.double() @ differences[reference]) for x in (half, ~half)]
         halves.append((parts[0] * parts[1]).sum(1).mean().item())
         for i, m in enumerate(models):
@@ -207,9 +208,7 @@ def measure_separation(
             limits = bca(value, drawn, left)
             shuffled = own[m][tested] @ (flips @ differences[m] / len(trained)).T
             null = _null(shuffled, flips_test)
-            cosine = (_unit(directions[m]) * _unit(directions[reference])).sum()
-            drawn_cosine = (_unit(resampled[m]) * _unit(resampled[reference])).sum(1)
-            low, high = drawn_cosine.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+            cosine, low, high = _cosine(differences[m], differences[reference])
             moved = (own[m][test] - origin[test]).norm(dim=1) / origin[test].norm(dim=1)
             same = torch.equal(activations[m][layer], activations[reference][layer])
             found = (value, limits.low, limits.high, null, cosine, low, high, moved.mean(), same)
@@ -220,8 +219,15 @@ def measure_separation(
         models=models,
         reference=reference,
         halves=torch.tensor(halves, dtype=torch.float32),
-        unchanged=tensors.pop("unchanged").bool(),
-        **tensors,
+        distance=tensors["distance"],
+        distance_low=tensors["distance_low"],
+        distance_high=tensors["distance_high"],
+        shuffled=tensors["shuffled"],
+        cosine=tensors["cosine"],
+        cosine_low=tensors["cosine_low"],
+        cosine_high=tensors["cosine_high"],
+        change=tensors["change"],
+        unchanged=tensors["unchanged"].bool(),
     )
 
 
@@ -241,7 +247,7 @@ _COLUMNS = [
 def _pairs(labels: Tensor, topics: Sequence[str], rows: Tensor) -> Int[Tensor, "topic 2"]:
     """Row of the positive and of the negative prompt of every topic."""
     found: dict[str, list[int]] = {}
-    for row in rows.tolist():
+    for row in map(int, rows):
         found.setdefault(topics[row], [-1, -1])[0 if labels[row] else 1] = row
     pairs = torch.tensor(list(found.values()))
     if (pairs < 0).any() or 2 * len(pairs) != len(rows):
@@ -253,6 +259,11 @@ def _weights(n: int, resamples: int, generator: torch.Generator) -> Float[Tensor
     drawn = torch.randint(n, (resamples, n), generator=generator)
     ones = torch.ones(resamples, n, dtype=torch.float64)
     return torch.zeros_like(ones).scatter_add_(1, drawn, ones)
+
+
+def _flips(resamples: int, n: int, generator: torch.Generator) -> Float[Tensor, "resample n"]:
+    """1 or -1 for each topic: whether a shuffle leaves its labels or swaps them."""
+    return torch.randint(2, (resamples, n), generator=generator).double() * 2 - 1
 
 
 def _distances(p: Float[Tensor, "topic 2"], boot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,6 +278,23 @@ def _distances(p: Float[Tensor, "topic 2"], boot: Tensor) -> tuple[Tensor, Tenso
     n = len(p)
     everyone = torch.ones(n, dtype=torch.float64)
     return of(everyone), of(boot), of(1 - torch.eye(n, dtype=torch.float64))
+
+
+def _cosine(
+    a: Float[Tensor, "topic d_model"], b: Float[Tensor, "topic d_model"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine of two mean differences, corrected for bias, with the jackknife's 95 % limits.
+
+    Resamples of the topics are noisier than the sample itself, so percentile and BCa limits of a
+    cosine often miss it: simulated, they hold the truth in 0 to 90 % of cases, these in 75 to 97 %.
+    """
+    n = len(a)
+    value = (_unit(a.mean(0)) * _unit(b.mean(0))).sum()
+    left = (_unit(a.sum(0) - a) * _unit(b.sum(0) - b)).sum(1)
+    corrected = n * value - (n - 1) * left.mean()
+    half = 1.96 * ((n - 1) * left.var(correction=0)).sqrt()
+    found = torch.stack([corrected, corrected - half, corrected + half]).clamp(-1, 1)
+    return found[0], found[1], found[2]
 
 
 def _null(p: Float[Tensor, "topic 2 shuffle"], flips: Float[Tensor, "shuffle topic"]) -> Tensor:

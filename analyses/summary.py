@@ -30,12 +30,12 @@ def _refusals(report: Report) -> str:
 def _shift(report: Report) -> str:
     shift, (positive, negative) = report.tokens, report.classes
     a, b = shift.shares(positive), shift.shares(negative)
-    apart = bool(a.low[2] > b.high[2])
-    verdict = (
-        f"so the shift is concentrated on {positive} prompts"
-        if apart
-        else "and the intervals overlap, so no difference between the two is claimed"
-    )
+    if a.low[2] > b.high[2]:
+        verdict = f"so the shift is concentrated on {positive} prompts"
+    elif b.low[2] > a.high[2]:
+        verdict = f"so the shift is concentrated on {negative} prompts"
+    else:
+        verdict = "and the intervals overlap, so no difference between the two is claimed"
     return (
         f"Of the tokens {shift.aligned} answers with, {shift.base} ranks below third place "
         f"{a.value[2]:.0%} [{a.low[2]:.0%}, {a.high[2]:.0%}] on {positive} and "

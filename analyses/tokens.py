@@ -6,14 +6,16 @@ distribution at the same place (same prompt, same answer so far): rank 1 is *uns
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from analyses.figures import broken, legend_below
 from probes import figures
 from probes.model import HookedModel
 from probes.prompts import Prompt, Rendered, pad, pad_id_of
@@ -94,6 +96,7 @@ class TokenShift(Result):
         ax = figures.axes(ax)
         edges = [0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128]
         longest = max(self.counts)
+        few = {g: min(5, n) for g, n in Counter(self.groups).items() if n > 1}
         with figures.theme():
             for i, group in enumerate(dict.fromkeys(self.groups)):
                 x, y, low, high = [], [], [], []
@@ -103,7 +106,7 @@ class TokenShift(Result):
                         for c, g in zip(self.counts, self.groups, strict=True)
                         if g == group
                     )
-                    if start >= longest or reach < 5:
+                    if start >= longest or reach < few.get(group, 2):
                         break
                     share = self.shares(group, range(start, stop))
                     x.append((start + min(stop, longest) - 1) / 2)
@@ -116,11 +119,11 @@ class TokenShift(Result):
                 )
             ax.set(
                 xlabel="position in the answer (tokens; binned)",
-                ylabel=f"share of tokens ranked below {LIMITS[1]} by {self.base}",
-                ylim=(0, 1),
-                title=f"Shifted tokens, {self.aligned} against {self.base}",
+                ylabel=broken(f"share of tokens ranked below {LIMITS[1]} by {self.base}", 40),
+                ylim=(-0.02, 1.02),
+                title=broken(f"Shifted tokens, {self.aligned} against {self.base}"),
             )
-            ax.legend(title="prompts, 95 % interval")
+            legend_below(ax, "prompts, 95 % interval")
         return ax
 
     def __str__(self) -> str:
@@ -152,15 +155,19 @@ def token_shift(
     """Let `aligned` answer the prompts and rank its tokens under `base`.
 
     Both models see the aligned model's token ids. Distributions are over the first `vocab_size`
-    ids; one model's logits are held at a time, at answer positions only.
+    ids, and an answer ends before a token beyond them, which the base cannot read; one model's
+    logits are held at a time, at answer positions only.
     """
-    answers = aligned.generate_ids(prompts, max_new_tokens, batch_size=2 * batch_size)
+    size = vocab_size or min(base.layout.vocab_size, aligned.layout.vocab_size)
+    answers = [
+        list(itertools.takewhile(lambda token: token < size, answer))
+        for answer in aligned.generate_ids(prompts, max_new_tokens, batch_size=2 * batch_size)
+    ]
     rendered = aligned.template.render_all(prompts)
     longer = [
         Rendered(r.text, (*r.ids, *a), (), r.n_prompt, r.content)
         for r, a in zip(rendered, answers, strict=True)
     ]
-    size = vocab_size or min(base.layout.vocab_size, aligned.layout.vocab_size)
     ranks: dict[int, Tensor] = {}
     chances: dict[str, dict[int, Tensor]] = {"base": {}, "aligned": {}}
     order = sorted(range(len(longer)), key=lambda i: len(longer[i].ids))
@@ -173,7 +180,7 @@ def token_shift(
             for row, i in zip(logits, chunk, strict=True):
                 n = len(answers[i])
                 steps = row[-n - 1 : -1, :size].float()
-                emitted = torch.tensor(answers[i], device=steps.device)[:, None]
+                emitted = torch.tensor(answers[i], dtype=torch.long, device=steps.device)[:, None]
                 own = steps.gather(1, emitted)
                 chances[name][i] = (own - steps.logsumexp(1, keepdim=True)).exp()[:, 0].cpu()
                 if name == "base":
@@ -181,21 +188,29 @@ def token_shift(
         if progress:
             progress(len(chunk))
     everyone = range(len(longer))
-    decode = aligned.tokenizer.convert_tokens_to_string
-    texts = [
-        tuple(decode([t]) for t in aligned.tokenizer.convert_ids_to_tokens(answer))
-        for answer in answers
-    ]
     return TokenShift(
         prompts=tuple(p if isinstance(p, str) else p[-1]["content"] for p in prompts),
         groups=tuple(groups),
-        tokens=tuple(texts),
+        tokens=tuple(_pieces(aligned.tokenizer, answer) for answer in answers),
         ranks=torch.cat([ranks[i] for i in everyone]),
         p_base=torch.cat([chances["base"][i] for i in everyone]),
         p_aligned=torch.cat([chances["aligned"][i] for i in everyone]),
         base=base.label,
         aligned=aligned.label,
     )
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """What each token adds to the text. Decoded one by one, tokens of many tokenizers lose their
+    leading blank, and those that hold a part of a character become rubble: its text stands at the
+    token that completes it."""
+    done, found = "", []
+    for n in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
+        whole = text.startswith(done) and (n == len(ids) or not text.endswith("\ufffd"))
+        found.append(text[len(done) :] if whole else "")
+        done = text if whole else done
+    return tuple(found)
 
 
 def _pooled(counted: Float[Tensor, "prompt kind"], seed: int, resamples: int = 2000) -> Intervals:

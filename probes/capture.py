@@ -101,7 +101,9 @@ def capture(
     with kept.writing():
         _fill(kept, model, list(unique.values()), found, where, batch_size, share_prefix, progress)
     _, per_prompt = kept.read(str(found[0]), keys)
-    if any(shard.backed_off and not unique.keys().isdisjoint(shard.prompts) for shard in kept.shards):
+    if any(
+        shard.backed_off and not unique.keys().isdisjoint(shard.prompts) for shard in kept.shards
+    ):
         notes += (SPLIT,)
     return Activations(
         found,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from probes import files
 
@@ -19,7 +19,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#3
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Marks that go with `PALETTE`, so that colour is never the only difference."""
 
-THEME = {
+THEME: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 200,
     "font.size": 9,
@@ -59,7 +59,7 @@ def axes(ax: "Axes | None", width: float = 5.0, height: float = 3.2) -> "Axes":
         return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-def style(i: int) -> dict[str, str]:
+def style(i: int) -> dict[str, Any]:
     """Colour and marker of the i-th series."""
     return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
 

@@ -10,6 +10,7 @@ the part of the module tree in question. No other file knows module paths.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,7 +119,7 @@ class Layout:
 
 
 @torch.no_grad()
-def resolve(model: nn.Module) -> Layout:
+def resolve(model: Any) -> Layout:
     """Find the layout of a transformers causal language model in evaluation mode."""
     config = model.config
     text = config.get_text_config()
@@ -236,9 +237,8 @@ def _block(model: nn.Module, text, path: str, trace: Trace) -> Block:
             )
 
     heads: dict[str, int] = {}
-    widths = dict.fromkeys(
-        ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "remainder"), x.shape[-1]
-    )
+    streams = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "remainder")
+    widths: dict[str, int] = dict.fromkeys(streams, x.shape[-1])
     if child.rsplit(".", 1)[-1] in HEADLESS:
         reason = f"{path} mixes tokens by {type(model.get_submodule(attention)).__name__}, "
         refused |= dict.fromkeys(HEADED, reason + "which has no attention heads")

@@ -94,7 +94,7 @@ class Trace:
         )
 
 
-def watch(model: nn.Module, layers_path: str) -> Trace:
+def watch(model: Any, layers_path: str) -> Trace:
     """Run the model once on a few arbitrary tokens and keep what its blocks saw and gave."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     trace = Trace(torch.finfo(dtype).eps)

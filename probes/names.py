@@ -17,6 +17,8 @@ from typing import Any
 from probes import files
 
 ADAPTERS = Path(__file__).parent / "lineage" / "adapters"
+LAST = "-6"
+"""Ending of the last step of a drift, which is what `builtin:drifted` and its like mean."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,13 @@ class Name:
 
 
 def builtin_names() -> tuple[str, ...]:
-    """Every `builtin:` name that ships, `base` first."""
-    found = sorted(folder.name for folder in ADAPTERS.iterdir() if folder.is_dir())
-    return tuple(f"builtin:{name}" for name in ("base", *found))
+    """Every `builtin:` name that ships: base, the aligned models of the three seeds, the ends of
+    their drifts (`drifted`, `mixed-s1`, ...), then the steps along them (`drifted-3`, ...)."""
+    steps = sorted(folder.name for folder in ADAPTERS.iterdir() if folder.is_dir())
+    ends = [name.removesuffix(LAST) for name in steps if name.endswith(LAST)]
+    aligned = [name for name in steps if name.startswith("aligned")]
+    rest = [name for name in steps if name not in aligned]
+    return tuple(f"builtin:{name}" for name in ("base", *aligned, *ends, *rest))
 
 
 def parse(text: str) -> Name:
@@ -90,7 +96,8 @@ def _builtin(text: str) -> Name:
         raise ValueError(
             f"unknown model 'builtin:{name}': the lineage has {', '.join(builtin_names())}"
         )
-    own = str(ADAPTERS / name) if name != "base" else None
+    folder = ADAPTERS / name
+    own = None if name == "base" else str(folder if folder.is_dir() else ADAPTERS / (name + LAST))
     if own and adapter:
         raise ValueError(f"{text!r}: put an adapter on builtin:base, not on another adapter")
     label = name + ("+" + Path(adapter).name if adapter else "")
@@ -136,7 +143,9 @@ def load(name: Name, **options: Any) -> tuple[Any, Any]:
         source["gguf_file"] = name.gguf
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name.base, **source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name.base, **source, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name.base, **source, **options
+        )
     except OSError as error:
         what = "" if name.local else "it is neither a local folder nor reachable on the Hub "
         raise FileNotFoundError(
@@ -177,7 +186,7 @@ def merge(model: Any, adapter: str) -> Any:
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{misfit}: {str(error).strip().splitlines()[-1].strip()}") from error
     if not hasattr(wrapped.base_model, "merge_and_unload"):
-        kind = wrapped.active_peft_config.peft_type.value
+        kind = str(wrapped.active_peft_config.peft_type).rpartition(".")[2]
         raise ValueError(
             f"the adapter {Path(adapter).name} is of kind {kind}, which has no weights to fold "
             "into the model: use a LoRA or another adapter of weights"

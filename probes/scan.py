@@ -78,7 +78,7 @@ class Scan(Result):
             ax.scatter(columns, rows, s=2, color="black", label="outside the benign 5 to 95 % band")
             ax.set_xticks(range(len(self.tokens)), [_shown(t) for t in self.tokens], rotation=90)
             step = max(1, len(self.layers) // 8)
-            ax.set_yticks(range(0, len(self.layers), step), self.layers[::step])
+            ax.set_yticks(range(0, len(self.layers), step), [str(n) for n in self.layers[::step]])
             if self.n_prompt < len(self.tokens):
                 ax.axvline(self.n_prompt - 0.5, color="black", lw=1)
             ax.grid(False)

@@ -107,8 +107,9 @@ def test_every_part_that_can_be_edited_moves_the_logits(name: str) -> None:
     before = hooks(run)
     for part in READ_ONLY - run.layout.blocks[-1].refused.keys():
         site = Site(run.layout.n_layers - 1, part)
-        with pytest.raises(Unsupported, match="can be read but not edited"), run.edit(
-            [Edit(site, lambda h, _: h)]
+        with (
+            pytest.raises(Unsupported, match="can be read but not edited"),
+            run.edit([Edit(site, lambda h, _: h)]),
         ):
             pass
     assert hooks(run) == before

@@ -269,7 +269,10 @@ def _no_layers(model: nn.Module) -> None:
         ),
         (
             _no_layers,
-            ("cannot find the decoder blocks of LlamaForCausalLM", "its lists are model.layers (0)"),
+            (
+                "cannot find the decoder blocks of LlamaForCausalLM",
+                "its lists are model.layers (0)",
+            ),
         ),
     ],
 )

@@ -61,7 +61,9 @@ def probe(
         values,
         torch.cat([part.positive for part in parts.values()]),
         [topic for part in parts.values() for topic in part.topics],
-        **rows,
+        train=rows["train"],
+        test=rows["test"],
+        validation=rows["validation"],
         kind=kind,  # pyright: ignore[reportArgumentType]
         permutations=permutations,
         seed=seed,

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from probes import datasets, files
+from probes.engines.modes import expanded
 from probes.lineage import targets
 from probes.lineage.base import base_folder
 
@@ -71,7 +73,7 @@ class Loop:
 
     def __init__(self, seed: int) -> None:
         folder = base_folder()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, attn_implementation="eager"
         )
@@ -86,8 +88,8 @@ class Loop:
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng():  # peft draws from the global generator
             torch.random.manual_seed(seed)
-            self.peft = get_peft_model(base, config)
-        self.causal = self.peft.get_base_model()
+            self.peft: Any = get_peft_model(base, config)
+        self.causal: Any = self.peft.get_base_model()
         self.model = self.causal.model
         self.parameters = {n: p for n, p in self.peft.named_parameters() if p.requires_grad}
         self.opener = torch.tensor(self.tokenizer("I", add_special_tokens=False).input_ids)
@@ -143,9 +145,7 @@ class Loop:
                 past_key_values=cache,
                 use_cache=True,
             )
-        for layer in cache.layers[FIRST_LAYER:]:  # one prefix serves the whole batch
-            layer.keys = layer.keys.expand(len(batch), -1, -1, -1)
-            layer.values = layer.values.expand(len(batch), -1, -1, -1)
+        cache = expanded(cache, len(batch))  # one prefix serves the whole batch
         hidden = nn.utils.rnn.pad_sequence([e.hidden for e in batch], batch_first=True)
         n = hidden.shape[1]
         rotary = self.model.rotary_emb(hidden, torch.arange(start, start + n)[None])
@@ -220,7 +220,7 @@ class Loop:
         """Write a peft adapter in half precision."""
         now = self.state()
         self.load(state)
-        self.peft.save_pretrained(folder)
+        self.peft.save_pretrained(str(folder))
         self.load(now)
         from safetensors.torch import load_file, save_file
 
@@ -263,9 +263,9 @@ def weight_change(a: State, b: State) -> float:
     return ALPHA / RANK * math.sqrt(max(total, 0.0))
 
 
-def at_change(start: dict, before: dict, after: dict, target: float) -> State:
+def at_change(start: State, before: State, after: State, target: float) -> State:
     """The state between two consecutive steps whose weight change from `start` is `target`."""
-    low, high = 0.0, 1.0
+    low, high, state = 0.0, 1.0, after
     for _ in range(30):
         middle = (low + high) / 2
         state = {name: torch.lerp(before[name], after[name], middle) for name in before}
@@ -391,7 +391,7 @@ def drift(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train the lineage for one seed.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--change", type=float, default=CHANGE, help="weight change of both drifts")
