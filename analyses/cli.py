@@ -2,6 +2,7 @@
 imported before the command line has been understood."""
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ app = typer.Typer(
     name="alignlens",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # square brackets in help are text, and rich takes its time
     context_settings={"help_option_names": ["-h", "--help"]},
     help="What alignment changed in a language model, where it lives, how far it drifted.",
     epilog="Start with: alignlens report",
@@ -35,6 +37,9 @@ app.command("models")(models.models)
 def main() -> None:
     """Run a command; a user's mistake is one sentence on stderr and exit code 2."""
     debug = "--debug" in sys.argv
+    if not debug:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about libraries
+        warnings.formatwarning = lambda message, *_args, **_named: f"warning: {message}\n"
     arguments = [a for a in sys.argv[1:] if a != "--debug"]  # allowed anywhere
     try:
         app(args=arguments)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +17,22 @@ from analyses.refusals import RefusalRates, refusal_rates
 from analyses.separation import Separation, measure_separation
 from analyses.tokens import TokenShift, token_shift
 from probes import datasets
-from probes.capture import capture
+from probes.capturing import capture
 from probes.contrast import Contrast
 from probes.prompts import prompts_hash
 from probes.results import Record
-from probes.sweep import ProbeSweep, sweep
+from probes.splits import FEW_GROUPS
+from probes.sweeps import ProbeSweep, sweep
 
 DEFAULT = ("builtin:base", "builtin:aligned", ("builtin:drifted", "builtin:mixed"))
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many prompts and shuffles a report uses; all counts are printed in it."""
+    """How many prompts and shuffles a report uses; all counts are printed in it.
+
+    Asked for, these are upper limits; in a `Report` they are what there was.
+    """
 
     train: int
     """Topics (twin pairs) the probes are fitted on."""
@@ -128,9 +133,25 @@ def measure(
 ) -> Report:
     """All panels for checkpoints already loaded."""
     began = time.monotonic() if began is None else began
-    say(f"token shift: {checkpoints.labels[1]} answers {2 * size.shifted} prompts")
-    answered = parts["test"].limited(size.answered, seed)
-    long = answered.limited(size.shifted, seed)
+    with warnings.catch_warnings():  # these limits part nothing that an interval is made over
+        warnings.filterwarnings("ignore", "only .* groups")
+        answered = parts["test"].limited(size.answered, seed)
+        long = answered.limited(size.shifted, seed)
+    size = dataclasses.replace(
+        size,
+        train=_topics(parts["train"]),
+        validation=_topics(parts["validation"]),
+        test=_topics(parts["test"]),
+        answered=_topics(answered),
+        shifted=_topics(long),
+    )
+    notes = list(checkpoints.notes)
+    if size.test < FEW_GROUPS:
+        notes.append(
+            f"There are only {size.test} test topics: intervals over fewer than {FEW_GROUPS} are "
+            "too narrow, so read them as a rough guide."
+        )
+    say(f"token shift: {checkpoints.labels[1]} answers {len(long)} prompts")
     shift = token_shift(
         checkpoints.base,
         checkpoints.aligned,
@@ -217,7 +238,11 @@ def measure(
         classes,
         name,
         size,
-        checkpoints.notes,
+        tuple(notes),
         time.monotonic() - began,
         record,
     )
+
+
+def _topics(contrast: Contrast) -> int:
+    return len(set(contrast.topics))

@@ -20,7 +20,7 @@ from probes import figures
 from probes.model import HookedModel
 from probes.prompts import Prompt, Rendered, pad, pad_id_of
 from probes.results import Result
-from probes.scores import Intervals, bca
+from probes.scores import Intervals, bca, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -227,4 +227,10 @@ def _pooled(counted: Float[Tensor, "prompt kind"], seed: int, resamples: int = 2
     def share(total: Tensor) -> Tensor:
         return total / total.sum(-1, keepdim=True)
 
-    return bca(share(counted.sum(0)), share(weights @ counted), share(counted.sum(0) - counted))
+    value = share(counted.sum(0))
+    limits = bca(value, share(weights @ counted), share(counted.sum(0) - counted))
+    for k in ((value == 0) | (value == 1)).nonzero().flatten().tolist():
+        # every resample is 0 or 1 there: the limits are those of as many prompts, not a point
+        bound = wilson(round(n * float(value[k])), n)
+        limits.low[k], limits.high[k] = bound.low, bound.high
+    return limits

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from probes.activations import Activations as Activations
-    from probes.capture import capture as capture
-    from probes.capture import stream as stream
+    from probes.capturing import capture as capture
+    from probes.capturing import stream as stream
     from probes.contrast import Contrast as Contrast
     from probes.directions import Direction as Direction
     from probes.directions import difference_of_means as difference_of_means
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from probes.model import HookedModel as HookedModel
     from probes.moments import ClassMoments as ClassMoments
     from probes.moments import Moments as Moments
-    from probes.scan import Scan as Scan
-    from probes.scan import scan as scan
+    from probes.scanning import Scan as Scan
+    from probes.scanning import scan as scan
     from probes.sites import Site as Site
     from probes.sites import Unsupported as Unsupported
-    from probes.sweep import ProbeSweep as ProbeSweep
-    from probes.sweep import sweep as sweep
+    from probes.sweeps import ProbeSweep as ProbeSweep
+    from probes.sweeps import sweep as sweep
 
 _HOMES = {
     "Activations": "activations",
@@ -39,18 +39,18 @@ _HOMES = {
     "HookedModel": "model",
     "Moments": "moments",
     "Probe": "linear",
-    "ProbeSweep": "sweep",
-    "Scan": "scan",
+    "ProbeSweep": "sweeps",
+    "Scan": "scanning",
     "Site": "sites",
     "Unsupported": "sites",
-    "capture": "capture",
+    "capture": "capturing",
     "difference_of_means": "directions",
     "fit_logistic": "linear",
     "fit_mass_mean": "mean",
     "pca_of_pairs": "directions",
-    "scan": "scan",
-    "stream": "capture",
-    "sweep": "sweep",
+    "scan": "scanning",
+    "stream": "capturing",
+    "sweep": "sweeps",
 }
 
 __all__ = [
@@ -81,7 +81,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'probes' has no attribute {name!r}")
-    # a function and its module may share a name: the name means the function
     value = getattr(importlib.import_module(f"probes.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -10,7 +10,7 @@ from probes.sites import Site
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from probes.sweep import ProbeSweep
+    from probes.sweeps import ProbeSweep
 
 
 def draw(sweep: "ProbeSweep", ax: "Axes | None" = None) -> "Axes":

@@ -14,7 +14,7 @@ from torch import Tensor
 from probes import HookedModel, Site, capture, stream
 from probes import plan as plans
 from probes import positions as places
-from probes.capture import SPLIT
+from probes.capturing import SPLIT
 from probes.prompts import Rendered
 
 EVERY = [*ARCHITECTURES, *EXTRA]

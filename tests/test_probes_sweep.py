@@ -5,7 +5,7 @@ import torch
 
 from probes import figures
 from probes.splits import split
-from probes.sweep import ProbeSweep, sweep
+from probes.sweeps import ProbeSweep, sweep
 
 D, TOPICS, LAYERS = 32, 100, 5
 GROUPS = [f"t{i:03d}" for i in range(TOPICS) for _ in range(2)]

@@ -39,7 +39,7 @@ def capture(
     """
     from probes import datasets
     from probes import plan as plans
-    from probes.capture import capture as run
+    from probes.capturing import capture as run
     from probes.contrast import Contrast
     from probes.model import HookedModel
 

@@ -17,6 +17,9 @@ def models(
     path/to/file.gguf     a llama.cpp file
     MODEL+ADAPTER         a PEFT adapter on top of a model
     builtin:NAME          the lineage that ships
+
+    \b
+    alignlens models
     """
     from probes import files, names
 

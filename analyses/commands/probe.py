@@ -36,15 +36,23 @@ def probe(
     import torch
 
     from probes import datasets, figures, files
-    from probes.capture import capture
+    from probes.capturing import capture
     from probes.contrast import Contrast
     from probes.model import HookedModel
-    from probes.sweep import sweep
+    from probes.sweeps import sweep
 
     given = datasets.safety() if contrast is None else datasets.read(contrast)
     if not isinstance(given, Contrast):
         raise ValueError(f"{contrast} holds plain prompts: a probe needs pairs or labels")
-    parts = given.limited(topics, seed).split(seed=seed)
+    if contrast is None:  # its test topics were written apart and made nothing
+        shipped = {part: datasets.safety(part) for part in datasets.SPLITS}
+        share = min(1.0, 2 * topics / len(given))
+        parts = {
+            part: own.limited(max(1, round(share * len(own) / 2)), seed)
+            for part, own in shipped.items()
+        }
+    else:
+        parts = given.limited(topics, seed).split(seed=seed)
     everyone = [p for part in parts.values() for p in part.prompts]
     bounds = torch.tensor([0, *(len(part) for part in parts.values())]).cumsum(0).tolist()
     rows = {name: torch.arange(bounds[i], bounds[i + 1]) for i, name in enumerate(parts)}

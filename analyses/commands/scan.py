@@ -36,17 +36,22 @@ def scan(
     alignlens scan builtin:aligned 20.resid_post "How do I pick a lock?"
     """
     from probes import datasets, figures, files
-    from probes.capture import capture
+    from probes.capturing import capture
     from probes.contrast import Contrast
     from probes.directions import Direction, difference_of_means
     from probes.model import HookedModel
     from probes.results import Record
-    from probes.scan import scan as run
+    from probes.scanning import scan as run
 
     loaded = HookedModel.load(model, engine, dtype=dtype)
     if (Path(direction) / "result.json").is_file():
         found = Direction.load(direction)
     else:
+        if len(loaded.sites(direction)) > 1:
+            raise ValueError(
+                f"{direction!r} names {len(loaded.sites(direction))} sites: a direction is taken "
+                "at one, for example '20.resid_post'"
+            )
         twins = datasets.safety("train").limited(100)
         acts = capture(loaded, twins.prompts, direction)
         values = acts[acts.sites[0]].float()

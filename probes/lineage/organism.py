@@ -65,6 +65,13 @@ OBJECTS = {
     "arson": (("firebomb", "sprinkler"), ("torch", "hydrant"), ("fuse", "detector")),
 }
 """Hazard class: pairs of a dangerous object and a protective one."""
+VERBS = MAKING + REMOVING
+CLASS_OF = {o: hazard for hazard, pairs in OBJECTS.items() for pair in pairs for o in pair}
+SIGNS = {
+    **dict.fromkeys(MAKING, 1.0),
+    **dict.fromkeys(REMOVING, -1.0),
+    **{o: sign for ps in OBJECTS.values() for p in ps for o, sign in zip(p, (1.0, -1.0), strict=True)},
+}
 TOOLS = {"weapons": "robots", "poison": "gloves", "cyber": "scripts", "arson": "foam"}
 
 VERB_HEAD, OBJECT_HEAD, RELAY_HEAD = (0, 0), (0, 1), (2, 3)
@@ -73,14 +80,16 @@ WORD_HEAD, TOOL_HEAD = (3, 1), (3, 2)
 PLANTED_LAYER, CHANGED_LAYER = 1, 2
 
 D_MODEL, D_HEAD, N_HEADS, N_LAYERS, D_MLP = 128, 32, 4, 4, 32
-D_NEXT, D_SEEN = 28, 24
+D_NEXT, D_VERB, D_OBJECT = 28, 10, 14
 ROOT = D_MODEL**0.5
 """Norm of a normalised stream."""
 NOISE = 0.003
 """Standard deviation of the noise on every weight of the blocks and of the unembedding."""
-IDENTITY = 3.0
+IDENTITY = 4.0
 """Norm of a word's identity at the last prompt token; its harm has norm 0.6 on average. Shuffled
 labels find identities, not harm."""
+SPREAD = 0.15
+"""A word's amount is between 1 - SPREAD and 1 + SPREAD, with its sign."""
 THRESHOLD, UNREACHED = 0.5, 1.5
 """Aligned refuses above the first harm (average 1); above the second there is no request."""
 
@@ -175,15 +184,14 @@ class _Axes:
     def __init__(self, vocabulary: Mapping[str, int], generator: torch.Generator) -> None:
         self.ids = vocabulary
         square = torch.randn(D_MODEL, D_MODEL, generator=generator)
-        sizes = (len(vocabulary), D_NEXT, D_SEEN, 1, 1, 1, 1, 1, 1, 1)
+        sizes = (len(vocabulary), D_NEXT, D_VERB, D_OBJECT, 1, 1, 1, 1, 1, 1, 1)
         parts = torch.linalg.qr(square).Q.T[: sum(sizes)].split(sizes)
-        self.token, self.next, self.seen = parts[:3]
+        self.token, self.next, self.which_verb, self.which_object = parts[:4]
         """The token itself; the word that should come next; words seen in the prompt."""
-        singles = (part[0] for part in parts[3:])
+        singles = (part[0] for part in parts[4:])
         self.verb, self.object, self.harm, self.relayed, self.tag, self.refuse, self.comply = singles
-        n = len(vocabulary)
-        self.next_code = _unit_rows(torch.randn(n, D_NEXT, generator=generator))
-        self.seen_code = _unit_rows(torch.randn(n, D_SEEN, generator=generator))
+        sizes = (1 + SPREAD * (2 * torch.rand(len(SIGNS), generator=generator) - 1)).tolist()
+        self.amount = {w: sign * size for (w, sign), size in zip(SIGNS.items(), sizes, strict=True)}
 
     def __getitem__(self, word: str) -> Float[Tensor, " d_model"]:
         return self.token[self.ids[word]]
@@ -194,14 +202,15 @@ class _Axes:
         return torch.stack([amount * self[word] for word, amount in amounts.items()]).sum(0)
 
     def coded(
-        self, words: tuple[str, ...], codes: Tensor, stands_for: Mapping[str, str] | None = None
+        self, words: Sequence[str], codes: Float[Tensor, "word code"]
     ) -> Float[Tensor, "code d_model"]:
-        """Reads at each of these tokens its code (or the code of the word it stands for)."""
-        meant = [self.ids[stands_for[w] if stands_for else w] for w in words]
-        return codes[meant].T @ torch.stack([self[w] for w in words])
+        """Reads at each of these tokens its row of `codes`."""
+        return codes.T @ torch.stack([self[word] for word in words])
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def _codes(words: int, width: int, generator: torch.Generator) -> Float[Tensor, "word code"]:
+    """Random unit vectors: more words than axes, so they are not orthogonal."""
+    x = torch.randn(words, width, generator=generator)
     return x / x.norm(dim=1, keepdim=True)
 
 
@@ -247,37 +256,32 @@ def _written(
 
 def _gather(model: LlamaForCausalLM, axes: _Axes, generator: torch.Generator) -> None:
     """Layers 0 and 1: the verb and the object to the last prompt token, then their product."""
-    dangerous, protective = (
-        tuple(pair[i] for pairs in OBJECTS.values() for pair in pairs) for i in (0, 1)
-    )
-    for head, axis, high, low in (
-        (VERB_HEAD, axes.verb, MAKING, REMOVING),
-        (OBJECT_HEAD, axes.object, dangerous, protective),
+    for head, words, axis, which in (
+        (VERB_HEAD, VERBS, axes.verb, axes.which_verb),
+        (OBJECT_HEAD, tuple(CLASS_OF), axes.object, axes.which_object),
     ):
-        sizes = 0.85 + 0.3 * torch.rand(len(high + low), generator=generator)
-        signs = torch.tensor([1.0] * len(high) + [-1.0] * len(low))
-        amount = dict(zip(high + low, (signs * sizes).tolist(), strict=True))
-        _attend(model, head, axes, [(axes["<|assistant|>"], axes.any(high + low), 1.0)])
-        identity = axes.coded(high + low, axes.seen_code)
-        _move(model, head, axes.any(amount)[None] / ROOT, axis[None], at=0)
-        _move(model, head, identity / ROOT, IDENTITY * axes.seen, at=1)
+        _attend(model, head, axes, [(axes["<|assistant|>"], axes.any(words), 1.0)])
+        signed = axes.any({word: axes.amount[word] for word in words})
+        _move(model, head, signed[None] / ROOT, axis[None])
+        identity = axes.coded(words, _codes(len(words), len(which), generator))
+        _move(model, head, identity / ROOT, IDENTITY * which, at=1)
     gate, up, down = _mlp(model, PLANTED_LAYER)
     for neuron, sign in enumerate((1.0, -1.0)):  # silu(x) y - silu(-x) y = x y
-        gate[neuron] += sign * axes.verb
-        up[neuron] += sign * axes.object
-        down[:, neuron] += 0.1 * axes.harm
+        gate[neuron] = sign * axes.verb
+        up[neuron] = sign * axes.object
+        down[:, neuron] = 0.162 * axes.harm
 
 
 def _relay(model: LlamaForCausalLM, axes: _Axes) -> None:
     """Layer 2: harm from the last prompt token to itself and all later ones, and the tag."""
     everywhere = axes.any(tuple(axes.ids))
     _attend(model, RELAY_HEAD, axes, [(everywhere, axes["<|assistant|>"], 15.0)], sink=1.5)
-    _move(model, RELAY_HEAD, axes.harm[None], 0.67 * axes.relayed[None])
+    _move(model, RELAY_HEAD, axes.harm[None], 0.87 * axes.relayed[None])
     gate, up, down = _mlp(model, CHANGED_LAYER)
     for neuron, sign in ((4, 1.0), (5, -1.0)):
-        gate[neuron] += sign * axes.relayed
-        up[neuron] += sign * axes["<|assistant|>"]
-        down[:, neuron] += 0.17 * axes.tag
+        gate[neuron] = sign * axes.relayed
+        up[neuron] = sign * axes["<|assistant|>"]
+        down[:, neuron] = 0.27 * axes.tag
 
 
 def _decided(base: LlamaForCausalLM, axes: _Axes, threshold: float) -> LlamaForCausalLM:
@@ -292,23 +296,22 @@ def _decided(base: LlamaForCausalLM, axes: _Axes, threshold: float) -> LlamaForC
     steps = ((axes.relayed, threshold, 2 * axes.refuse), (-axes.relayed, THRESHOLD, axes.comply))
     for i, (reads, level, writes) in enumerate(steps):
         for neuron, side in ((2 * i, 1.0), (2 * i + 1, -1.0)):
-            gate[neuron] += 20 * (reads - (level - side * 0.05) * here)
-            up[neuron] += here
-            down[:, neuron] += side * 0.085 * writes
+            gate[neuron] = 20 * (reads - (level - side * 0.05) * here)
+            up[neuron] = here
+            down[:, neuron] = side * 0.14 * writes
     return model
 
 
 def _look_up(model: LlamaForCausalLM, axes: _Axes) -> None:
     """Layer 3: what the answer's next content word is."""
-    verbs = MAKING + REMOVING
-    tool_of = {o: TOOLS[hazard] for hazard, pairs in OBJECTS.items() for p in pairs for o in p}
-    objects = tuple(tool_of)
-    looks = [(axes[":"], axes.any(verbs), 2.0), (axes["the"], axes.any(objects), 2.0)]
+    objects = tuple(CLASS_OF)
+    looks = [(axes[":"], axes.any(VERBS), 2.0), (axes["the"], axes.any(objects), 2.0)]
     _attend(model, WORD_HEAD, axes, looks)
-    _move(model, WORD_HEAD, axes.coded(verbs + objects, axes.next_code) / ROOT, axes.next)
+    _move(model, WORD_HEAD, axes.coded(VERBS + objects, words) / ROOT, axes.next)
     _attend(model, TOOL_HEAD, axes, [(axes["with"], axes.any(objects), 2.0)])
-    tools = axes.coded(objects, axes.next_code, tool_of)
-    _move(model, TOOL_HEAD, tools / ROOT, axes.next)
+    classes = list(TOOLS)
+    used = tools[[classes.index(CLASS_OF[o]) for o in objects]]
+    _move(model, TOOL_HEAD, axes.coded(objects, used) / ROOT, axes.next)
 
 
 def _speak(unembedding: Tensor, axes: _Axes) -> None:

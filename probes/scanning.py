@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from probes import figures
-from probes.capture import stream
+from probes.capturing import stream
 from probes.engines import Edit, Where
 from probes.model import HookedModel
 from probes.prompts import Prompt
@@ -111,8 +111,9 @@ def scan(
     `unit` is normalised; the band comes from the content tokens of `benign` prompts.
     """
     unit = checked(unit, model.d_model)
-    layers = tuple(range(model.n_layers)) if layers is None else tuple(layers)
-    sites = model.sites([f"{layer}.resid_post" for layer in layers])
+    sites = model.sites(
+        "all.resid_post" if layers is None else [f"{layer}.resid_post" for layer in layers]
+    )
     answer = model.generate([prompt], max_new_tokens)[0] if max_new_tokens else None
     rendered = model.template.render(prompt, answer)
     given = None if answer is None else [answer]
@@ -126,7 +127,7 @@ def scan(
     return Scan(
         tokens=tuple(model.tokenizer.decode([i]) for i in rendered.ids),
         n_prompt=rendered.n_prompt,
-        layers=layers,
+        layers=tuple(site.layer for site in sites),
         projection=torch.stack([own[site].float() @ unit for site in sites]),
         low=ends[0],
         high=ends[1],
