@@ -11,27 +11,31 @@ WIDEST = 46
 """Characters of a title, or of an axis label, that fit on one line of a panel."""
 
 
-def legend_below(ax: "Axes", title: str | None = None, columns: int = 2) -> None:
-    """A legend under the axis label, where it can cover no data however many curves there are."""
+def legend_below(ax: "Axes", title: str | None = None, lines: int = 2) -> None:
+    """A legend under what is written below the axes (so many lines), where it can cover no data
+    however many curves there are."""
+    sizes = [len(label) for label in ax.get_legend_handles_labels()[1]]
+    half = (len(sizes) + 1) // 2
+    beside = max(sizes[:half], default=0) + max(sizes[half:], default=0)
     # the pad counts in font sizes: it clears tick and axis labels at any height of the axes
     ax.legend(
         title=title,
         title_fontsize=8,
-        ncols=columns,
+        ncols=2 if beside <= WIDEST else 1,
         loc="upper center",
         bbox_to_anchor=(0.5, 0.0),
-        borderaxespad=5.2,
+        borderaxespad=1.8 + 1.6 * lines,
     )
 
 
 def broken(text: str, width: int = WIDEST) -> str:
     """The text on lines that fit: checkpoints may have long names."""
-    return textwrap.fill(text, width)
+    return textwrap.fill(text, width, break_on_hyphens=False)
 
 
-def name_ticks(ax: "Axes", names: Sequence[str]) -> None:
-    """Names under the horizontal axis, slanted when they would touch."""
-    slanted = max(map(len, names)) * len(names) > WIDEST
-    ax.set_xticks(
-        range(len(names)), list(names), rotation=25 * slanted, ha="right" if slanted else "center"
-    )
+def name_ticks(ax: "Axes", names: Sequence[str]) -> int:
+    """Names under the horizontal axis, broken so that they do not touch; gives their lines."""
+    room = max(6, WIDEST // len(names))
+    shown = [textwrap.fill(name, room) for name in names]
+    ax.set_xticks(range(len(names)), shown)
+    return 1 + max(name.count("\n") for name in shown)

@@ -55,7 +55,7 @@ def draw(report: Report) -> dict[str, Any]:
 
     def panel(n: int, height: float = 3.9) -> tuple[Figure, Any]:
         with figures.theme():
-            figure = Figure(figsize=(4.6 * n, height), layout="constrained")
+            figure = Figure(figsize=((4.0 if n > 2 else 4.6) * n, height), layout="constrained")
             return figure, figure.subplots(1, n, squeeze=False)[0]
 
     shift, (ax,) = panel(1)

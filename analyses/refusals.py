@@ -74,14 +74,14 @@ class RefusalRates(Result):
                     **figures.style(g),
                     label=f"{group} (n = {self.asked[g]})",
                 )
-            name_ticks(ax, self.models)
+            lines = name_ticks(ax, self.models)
             ax.set(
                 ylim=(-0.03, 1.03),
                 xlim=(-0.5, len(self.models) - 0.5),
                 ylabel="share of answers that open with a refusal",
                 title="Refusal rates",
             )
-            legend_below(ax, "prompts, 95 % Wilson interval")
+            legend_below(ax, "prompts, 95 % Wilson interval", lines)
         return ax
 
     def __str__(self) -> str:
