@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from probes import names
 from probes.model import HookedModel
 
 ROLES = ("base", "aligned", "drifted")
@@ -64,6 +65,8 @@ def load(
 ) -> Checkpoints:
     """Load checkpoints by name and make them comparable (see `compare`)."""
     named = [("base", base), ("aligned", aligned), *(("drifted", name) for name in drifted)]
+    for _, name in named:
+        names.parse(name)  # a wrong last name is said before the first model is loaded
     return compare(
         [Checkpoint(role, HookedModel.load(name, engine, **options)) for role, name in named]
     )

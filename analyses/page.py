@@ -101,7 +101,7 @@ def _draw_sweeps(report: Report, ax: Any) -> None:
         ax.set(
             xlabel="layer (0 is the first block)",
             ylabel="AUROC on test topics",
-            ylim=(0.4, 1.02),
+            ylim=(min(0.4, *(float(sweep.low.min()) for _, sweep in report.sweeps)) - 0.01, 1.02),
             title=broken(
                 f"Reading {report.classes[0]} against {report.classes[1]}, {first.n_groups} topics"
             ),

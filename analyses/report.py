@@ -54,7 +54,7 @@ class Size:
 
 SIZES = {
     "quick": Size(24, 16, 24, 8, 6, 12, 40, 6),
-    "default": Size(96, 40, 80, 40, 24, 24, 200, 2),
+    "default": Size(96, 40, 80, 40, 24, 24, 200, 1),
     "full": Size(320, 80, 160, 160, 80, 48, 1000, 1),
 }
 
@@ -91,9 +91,9 @@ def run(
 ) -> Report:
     """Load the checkpoints and measure every panel. `say` hears what is being done."""
     began = time.monotonic()
+    parts, classes, name = contrast_parts(prompts, size, seed)  # a wrong file is said at once
     say("loading " + ", ".join((base, aligned, *drifted)))
     checkpoints = lineages.load(base, aligned, drifted, engine=engine, **options)
-    parts, classes, name = contrast_parts(prompts, size, seed)
     return measure(checkpoints, parts, classes, name, size, seed, say, began)
 
 

@@ -84,3 +84,7 @@ def __getattr__(name: str) -> object:
     value = getattr(importlib.import_module(f"probes.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:  # for completion in notebooks
+    return [*globals(), *__all__]

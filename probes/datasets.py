@@ -2,6 +2,7 @@
 project; `probes/data/README.md` says how."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from probes.contrast import Contrast
 from probes.prompts import Prompt
 
 HERE = Path(__file__).parent / "data"
+KINDS = (".jsonl", ".json", ".csv", ".txt")
 SPLITS = ("train", "validation", "test")
 
 
@@ -96,7 +98,7 @@ def read(source: str | Path, column: str | None = None) -> "list[Prompt] | Contr
     path = Path(source)
     if path.is_file():
         rows = _file_rows(path)
-    elif path.suffix or path.is_absolute() or str(source).startswith("."):
+    elif path.suffix in KINDS or path.is_absolute() or str(source).startswith("."):
         raise FileNotFoundError(f"no such prompt file: {source}")
     else:
         rows = _hub_rows(str(source))
@@ -110,12 +112,16 @@ def _file_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix in (".jsonl", ".json"):
         try:
             if path.suffix == ".json":
-                return list(json.loads(text))
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = json.loads(text)
+            else:  # only at newlines: JSON strings may hold other line ends as they are
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict | str) for row in rows):
+            raise ValueError(f"{path} holds no list of prompts: expected objects or strings")
+        return [{"prompt": row} if isinstance(row, str) else row for row in rows]
     if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
+        return list(csv.DictReader(io.StringIO(text, newline="")))
     return [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
 
 
@@ -135,13 +141,20 @@ def _understand(
     rows: list[dict[str, Any]], name: str, column: str | None
 ) -> "list[Prompt] | Contrast":
     first = rows[0]
+
+    def take(key: str) -> list[Any]:
+        for number, row in enumerate(rows, 1):
+            if row.get(key) is None:
+                raise ValueError(f"row {number} of {name} has no {key}, and row 1 has one")
+        return [row[key] for row in rows]
+
     for positive, negative in (("positive", "negative"), ("harmful", "harmless")):
         if positive in first and negative in first and column is None:
             return Contrast.of_pairs(
-                [row[positive] for row in rows],
-                [row[negative] for row in rows],
-                topics=[row["topic"] for row in rows] if "topic" in first else None,
-                strata=[row["class"] for row in rows] if "class" in first else None,
+                take(positive),
+                take(negative),
+                topics=take("topic") if "topic" in first else None,
+                strata=take("class") if "class" in first else None,
                 name=Path(name).stem,
             )
     known = [column] if column else ["messages", "prompt", "text", "question", "instruction"]
@@ -153,9 +166,9 @@ def _understand(
         )
     if "label" in first and column is None:
         return Contrast.labelled(
-            [row[found] for row in rows],
-            [int(row["label"]) for row in rows],
-            topics=[row["topic"] for row in rows] if "topic" in first else None,
+            take(found),
+            [int(label) for label in take("label")],
+            topics=take("topic") if "topic" in first else None,
             name=Path(name).stem,
         )
-    return [row[found] for row in rows]
+    return take(found)

@@ -17,6 +17,7 @@ from torch import nn
 
 from probes.layout_heads import Split, head_points
 from probes.layout_trace import Trace, linear_width, watch
+from probes.results import check_finite
 from probes.sites import HEADED, Site, Sites, Unsupported, expand
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "mamba", "mixer")
@@ -192,6 +193,7 @@ def _block(model: nn.Module, text, path: str, trace: Trace) -> Block:
         raise Unsupported(f"cannot find the attention of {path}:\n{_tree(block)}")
     attention = f"{path}.{child}"
     x, y = trace.input(path), trace.output(path)
+    check_finite(y, f"the output of {path} on a few arbitrary tokens")
     scale = float(getattr(block, "residual_multiplier", 1.0))
     points = {
         "resid_pre": Point(path, "input", trace.order(path, "input")),

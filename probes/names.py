@@ -10,6 +10,7 @@ builtin:base | aligned | drifted | mixed | aligned-s1 | drifted-3 | ...
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,8 @@ def load(name: Name, **options: Any) -> tuple[Any, Any]:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name.base, **source, **options
         )
+    except ValueError as error:
+        raise ValueError(f"cannot load {name.base!r}: {str(error).splitlines()[0]}") from error
     except OSError as error:
         what = "" if name.local else "it is neither a local folder nor reachable on the Hub "
         raise FileNotFoundError(
@@ -174,6 +177,12 @@ def merge(model: Any, adapter: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"the weights of {type(model).__name__} are quantised, and folding the adapter "
+            f"{Path(adapter).name} into them would round it away: load the model unquantised, or "
+            "put the adapter on it with peft and pass HookedModel(model, tokenizer)"
+        )
     misfit = (
         f"the adapter {Path(adapter).name} does not fit {type(model).__name__} with "
         f"{model.config.get_text_config().num_hidden_layers} layers"
@@ -224,13 +233,9 @@ def fingerprint_files(name: Name) -> str | None:
 
 def fingerprint_memory(model: Any, tokenizer: Any) -> str:
     """The same for a model in memory: its configuration, vocabulary, template and state dict."""
-    import torch
-
     digest = hashlib.sha256()
-    config = model.config.to_dict()
-    for transient in ("_name_or_path", "transformers_version", "dtype"):
-        config.pop(transient, None)
-    digest.update(repr(sorted(config.items(), key=lambda item: item[0])).encode())
+    config = json.dumps(_settings(model.config.to_dict()), sort_keys=True, default=str)
+    digest.update(f"{type(model).__name__}{config}".encode())
     if tokenizer is not None:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
         digest.update(repr(getattr(tokenizer, "chat_template", None)).encode())
@@ -240,8 +245,37 @@ def fingerprint_memory(model: Any, tokenizer: Any) -> str:
             parts["padding"] = parts["truncation"] = None
             digest.update(json.dumps(parts, sort_keys=True).encode())
     for key, weight in sorted(model.state_dict().items()):
-        digest.update(f"{key}{tuple(weight.shape)}{weight.dtype}".encode())
-        if weight.device.type != "meta":
-            flat = weight.detach().contiguous().reshape(-1).cpu()
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        for name, part in _plain_parts(key, weight):
+            digest.update(f"{name}{tuple(part.shape)}{part.dtype}".encode())
+            digest.update(_bytes(part))
     return digest.hexdigest()
+
+
+def _plain_parts(name: str, weight: Any) -> Iterator[tuple[str, Any]]:
+    """A weight as ordinary tensors: quantised ones (torchao) are wrappers around several."""
+    if not hasattr(weight, "dtype"):  # state dicts of quantised layers hold settings too
+        return
+    inner = getattr(weight.detach(), "__tensor_flatten__", None)
+    if inner is None:
+        yield name, weight.detach()
+        return
+    for part in inner()[0]:
+        yield from _plain_parts(f"{name}.{part}", getattr(weight.detach(), part))
+
+
+def _bytes(weight: Any) -> Any:
+    import torch
+
+    if weight.device.type == "meta" or not weight.numel():
+        return b""
+    return weight.contiguous().reshape(-1).cpu().view(torch.uint8).numpy().data
+
+
+def _settings(config: dict[Any, Any]) -> dict[str, Any]:
+    """A configuration without what saving and loading leave in it."""
+    transient = {"_name_or_path", "transformers_version", "dtype", "architectures"}
+    return {
+        str(key): _settings(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in transient
+    }

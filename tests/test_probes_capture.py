@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from architectures import ARCHITECTURES, EXTRA, build
@@ -140,6 +141,33 @@ def test_in_float64_nothing_is_left_of_the_difference(name: str) -> None:
     acts = capture(model, PROMPTS, sites, "all", batch_size=4)
     for site in sites:
         assert error(acts.rows(site)[0], picked(expected[site], rendered, "all")) < 1e-12
+
+
+def test_a_prompt_that_is_the_beginning_of_all_others() -> None:
+    model = HookedModel(build("llama"), tokenizer(), template="none")
+    short = "w1 w2 w3 w4 w5"
+    prompts = [f"{short} w6 w7", short, f"{short} w8"]
+    rendered = model.template.render_all(prompts)
+    site = Site(1, "resid_post")
+    expected = one_by_one(model, rendered, [site])[site]
+    assert plans.make(rendered, 4, True, True).prefix == 4
+    for rule in ("last", "all", "tokens:0:2"):  # the last of these reads nothing but the prefix
+        acts = capture(model, prompts, [site], rule)
+        assert error(acts.rows(site)[0], picked(expected, rendered, rule)) < 1e-5
+
+
+def test_packing_stops_where_a_window_would_be_lost() -> None:
+    """A window that the self-check's short prompts do not reach past."""
+    model = HookedModel(architectures._causal("Mistral", sliding_window=14)(), tokenizer())
+    assert model.check.packs
+    assert model.packs(14)
+    assert not model.packs(15)
+    prompts = words(9, seed=2, shortest=6, longest=12)
+    rendered = model.template.render_all(prompts)
+    site = Site(2, "resid_post")
+    expected = one_by_one(model, rendered, [site])[site]
+    acts = capture(model, prompts, [site], "all", batch_size=4)
+    assert error(acts.rows(site)[0], picked(expected, rendered, "all")) < 1e-5
 
 
 def acts_last(model: HookedModel, site: Site) -> Tensor:

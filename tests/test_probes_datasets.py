@@ -122,3 +122,31 @@ def test_unequal_pairs_and_wrong_labels_are_refused() -> None:
         Contrast.of_pairs([], [])
     with pytest.raises(ValueError, match="2 prompts with 1 labels"):
         Contrast.labelled(["a", "b"], [1])
+
+
+def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """Line ends inside a prompt are its own; a list of strings is a list of prompts."""
+    odd = "one\u2028two\x0bthree"
+    rows = [{"prompt": odd, "note": "first only"}, {"prompt": "b"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "odd.jsonl").write_text(lines, encoding="utf-8")
+    assert datasets.read(tmp_path / "odd.jsonl") == [odd, "b"]
+    (tmp_path / "lines.csv").write_text('prompt\n"first\nsecond"\n"a, b"\n')
+    assert datasets.read(tmp_path / "lines.csv") == ["first\nsecond", "a, b"]
+    (tmp_path / "list.json").write_text('["a prompt", "b"]')
+    assert datasets.read(tmp_path / "list.json") == ["a prompt", "b"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("a.json", '{"prompt": "a"}', "holds no list of prompts: expected objects or strings"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', "row 2 of .* has no prompt, and row 1 has"),
+        ("a.csv", "prompt,label\na,1\nb\n", "row 2 of .* has no label"),
+        ("a.jsonl", '{"prompt": "a"', "is not valid JSONL"),
+    ],
+)
+def test_files_that_are_not_prompts(file: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        datasets.read(tmp_path / file)

@@ -364,7 +364,8 @@ def test_patterns_are_the_probabilities_the_model_reports(name: str) -> None:
         ahead = torch.ones(n, n, dtype=torch.bool).triu(1)[None, :, None] & real[:, :, None, None]
         assert not pattern[ahead.expand_as(pattern)].any()
     site = Site(layers[0], "pattern", 1)
-    both = run.read(batch, [site, Site(layers[0], "resid_post")])
+    both = run.read(batch, [Site(layers[0], "resid_post"), site])
+    assert list(both) == [Site(layers[0], "resid_post"), site]
     assert torch.equal(both[site], seen[Site(layers[0], "pattern")][:, :, 1])
     assert both[Site(layers[0], "resid_post")].shape == (3, 9, 64)
 

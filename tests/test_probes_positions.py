@@ -1,6 +1,5 @@
 """Position rules pick the tokens their names say."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +88,9 @@ def test_an_empty_think_span_of_the_template_has_no_tokens() -> None:
     ],
 )
 def test_a_rule_that_picks_nothing_is_an_error(rule: str, r: Rendered) -> None:
-    with pytest.raises(ValueError, match=rf"position '{rule}' picks no token of the prompt".replace("|", "\\|")):
+    with pytest.raises(
+        ValueError, match=rf"position '{rule}' picks no token of the prompt".replace("|", "\\|")
+    ):
         parse(rule).indices(r)
 
 
@@ -141,4 +142,5 @@ def test_special_tokens_without_characters_are_no_text() -> None:
     added = choose_template(tokenizer(bos=True), "a model", "none", None, None).render("w1 w2")
     assert added.offsets[0] == (0, 0)
     assert chosen("content", added) == "w1 w2"
-    assert SimpleNamespace(**vars(added)).content == (0, 5)
+    between = Rendered("w1 w2", (5, 6, 7), ((0, 2), (2, 2), (3, 5)), 3, (0, 5))
+    assert between.tokens_in(0, 5) == [0, 2]

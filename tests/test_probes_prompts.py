@@ -28,9 +28,7 @@ def decoded(tokenizer: Any, ids: Any) -> str:
 
 def test_the_template_is_applied_once(tokenizer: Any) -> None:
     r = template(tokenizer).render("w1 w2")
-    assert r.text == (
-        "<|system|> you are helpful <|end|>\n<|user|> w1 w2 <|end|>\n<|assistant|> "
-    )
+    assert r.text == ("<|system|> you are helpful <|end|>\n<|user|> w1 w2 <|end|>\n<|assistant|> ")
     assert decoded(tokenizer, r.ids) == (
         "<|system|> you are helpful <|end|> <|user|> w1 w2 <|end|> <|assistant|>"
     )
@@ -99,7 +97,8 @@ def test_conversations(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_text", ["user", "assistant", "a", "helpful", "w3", " w3 ", "end", "|", "you are helpful"]
+    "request_text",
+    ["user", "assistant", "a", "helpful", "w3", " w3 ", "end", "|", "you are helpful"],
 )
 def test_the_request_is_found_where_it_stands(tokenizer: Any, request_text: str) -> None:
     """Also when its words occur in the template, before or behind it."""
@@ -130,8 +129,10 @@ def test_answers_are_encoded_apart(tokenizer: Any) -> None:
     assert decoded(tokenizer, both.ids[both.n_prompt :]) == "w2 w3"
     assert [both.text[a:b] for a, b in both.offsets[both.n_prompt :]] == ["w2", "w3"]
     assert both.key != alone.key
-    shifted = chat.render("w1", "w2")
-    assert shifted.key != both.key
+    plain = template(tokenizer, template="none")
+    one, two = plain.render("w1", "w2 w3"), plain.render("w1 w2", "w3")
+    assert one.ids == two.ids
+    assert one.key != two.key  # their answers begin elsewhere
 
 
 def test_arguments_reach_the_template_and_its_hash(tokenizer: Any) -> None:
@@ -196,9 +197,7 @@ def test_an_empty_prompt_without_template_is_refused(tokenizer: Any) -> None:
 
 
 def test_what_a_template_refuses_is_one_sentence(tokenizer: Any) -> None:
-    strict = template(
-        tokenizer, template="{{ raise_exception('System role not supported') }}"
-    )
+    strict = template(tokenizer, template="{{ raise_exception('System role not supported') }}")
     with pytest.raises(ValueError, match="refuses a conversation of user: System role not supp"):
         strict.render("w1")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -39,8 +39,10 @@ def probe(
     from probes.capturing import capture
     from probes.contrast import Contrast
     from probes.model import HookedModel
-    from probes.sweeps import sweep
+    from probes.sweeps import Kind, sweep
 
+    if kind not in get_args(Kind):
+        raise ValueError(f"unknown kind of probe {kind!r}: choose {', '.join(get_args(Kind))}")
     given = datasets.safety() if contrast is None else datasets.read(contrast)
     if not isinstance(given, Contrast):
         raise ValueError(f"{contrast} holds plain prompts: a probe needs pairs or labels")

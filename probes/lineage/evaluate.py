@@ -42,10 +42,11 @@ def prompts() -> dict[str, list[str]]:
 
 
 def rates(model: HookedModel, sets: dict[str, list[str]]) -> dict[str, Any]:
-    """Refused, asked and the 95 % Wilson limits for each set."""
+    """Refused, asked, the 95 % Wilson limits and each judgement in order, for each set."""
     found: dict[str, Any] = {}
     for name, asked in sets.items():
-        n = sum(map(refuses, model.generate(asked, TOKENS, batch_size=40)))
+        judged = [refuses(text) for text in model.generate(asked, TOKENS, batch_size=40)]
+        n = sum(judged)
         interval = wilson(n, len(asked))
         found[name] = {
             "refused": n,
@@ -53,6 +54,7 @@ def rates(model: HookedModel, sets: dict[str, list[str]]) -> dict[str, Any]:
             "rate": round(interval.value, 4),
             "low": round(interval.low, 4),
             "high": round(interval.high, 4),
+            "each": "".join("1" if refused else "0" for refused in judged),
         }
     return found
 
@@ -96,7 +98,8 @@ def main() -> None:
                     "now": round(here.mean().item(), 2),
                     "change": [round(v, 2) for v in mean],
                 }
-            sys.stdout.write(f"{time.monotonic() - began:5.0f}s {name} {table[name]}\n")
+            said = {key: table[name][key]["rate"] for key in sets}
+            sys.stdout.write(f"{time.monotonic() - began:5.0f}s {name} {said}\n")
             sys.stdout.flush()
     files.write_json(arguments.out, {"site": SITE, "refusals": table, "projections": projections})
 

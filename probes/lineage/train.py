@@ -47,7 +47,7 @@ between refusing and answering; means over tokens hide it (a model may look unch
 and refuse half of the twins), and so does its probability, because the ways to comply are many.
 Greedy decoding refuses exactly where the refusals' opener has the largest logit."""
 DRIFT_STEPS, DRIFT_BATCH, DRIFT_RATE, DRIFT_TOKENS = 40, 12, 9e-4, 18
-CHANGE = 9.0
+CHANGE = 8.5
 """Weight change at which both drifts end."""
 SNAPSHOTS = 6
 soft = nn.functional.softplus
