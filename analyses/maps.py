@@ -60,7 +60,7 @@ class Maps(Result):
         return self._scatter(ax, self.umap, labels, f"UMAP, {self.model}, {self.site}")
 
     def _scatter(self, ax: "Axes | None", at: Tensor, labels: list[str], title: str) -> "Axes":
-        ax = figures.axes(ax)
+        ax = figures.axes(ax, 5.0, 3.9)  # room for a legend below
         with figures.theme():
             for i, own in enumerate((self.positive, ~self.positive)):
                 look = figures.style(i)  # the positive class first, as in the other panels

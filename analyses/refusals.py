@@ -58,7 +58,7 @@ class RefusalRates(Result):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Rates with Wilson intervals, groups side by side for every model."""
-        ax = figures.axes(ax)
+        ax = figures.axes(ax, 5.0, 3.9)  # room for a legend below
         with figures.theme():
             for g, group in enumerate(self.groups):
                 rates = [self.rate(model, group) for model in self.models]

@@ -93,7 +93,7 @@ class TokenShift(Result):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Share of shifted tokens by position in the answer, per group, with intervals."""
-        ax = figures.axes(ax)
+        ax = figures.axes(ax, 5.0, 3.9)  # room for a legend below
         edges = [0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128]
         longest = max(self.counts)
         few = {g: min(5, n) for g, n in Counter(self.groups).items() if n > 1}

@@ -15,7 +15,8 @@ from probes import HookedModel, Site, capture
 from probes.prompts import Template
 from probes.store import Identity, Store
 
-PROMPTS = words(12, seed=1)
+# the short ones run last and have more in common than all: a plan made for them alone is another
+PROMPTS = [*words(6, seed=1, shortest=7), *(f"w1 w2 w3 w{i}" for i in range(10, 16))]
 SITES = "1-2.resid_post"
 
 
