@@ -34,7 +34,9 @@ def test_projections_and_band_are_those_of_captured_vectors(
     for layer in found.layers:
         assert torch.allclose(found.projection[layer], by_hand(llama, layer, answer), atol=1e-5)
     direction = unit(llama) / unit(llama).norm()
-    usual = capture(llama, BENIGN, "1.resid_post", "content", progress=False)["1.resid_post"]
+    usual, *_ = capture(llama, BENIGN, "1.resid_post", "content", progress=False).rows(
+        "1.resid_post"
+    )
     assert found.n_benign == len(usual)
     ends = (usual.float() @ direction).quantile(torch.tensor([0.05, 0.95]))
     assert torch.allclose(torch.stack([found.low[1], found.high[1]]), ends, atol=1e-5)
@@ -75,7 +77,7 @@ def test_the_figure_marks_what_leaves_the_band(llama: HookedModel) -> None:
     found = scan(llama, unit(llama), "w1 $5 w2", BENIGN, max_new_tokens=3)
     ax = found.plot()
     assert len(ax.collections[0].get_offsets()) == int(found.outside.sum())
-    assert [tick.get_text() for tick in ax.get_xticklabels()][0].startswith("<")
+    assert ax.get_xticklabels()[0].get_text().startswith("<")
     assert ax.get_legend() is not None
     assert isinstance(found, Scan)
     assert len(found.frame()) == 3 * len(found.tokens)

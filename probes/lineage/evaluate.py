@@ -9,6 +9,7 @@ requests on each aligned model's own safety direction; and the layers that must 
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -59,49 +60,69 @@ def rates(model: HookedModel, sets: dict[str, list[str]]) -> dict[str, Any]:
     return found
 
 
+def projections(seed: str) -> dict[str, Any]:
+    """How far the harmful test requests move along the aligned model's safety direction.
+
+    Beside it what chance directions show: the 95th percentile of the absolute mean change along 20
+    unit directions, half isotropic, half differences of means between random halves of the
+    training prompts.
+    """
+    train, asked = datasets.safety("train").limited(100), prompts()["harmful"]
+    aligned = HookedModel.load(f"builtin:aligned{seed}")
+    fitted = capture(aligned, train.prompts, SITE, progress=False)[SITE]
+    direction = difference_of_means(fitted[train.positive], fitted[~train.positive])
+    generator = torch.Generator().manual_seed(0)
+    chance = list(torch.randn(10, aligned.d_model, generator=generator))
+    for _ in range(10):
+        half = torch.randperm(len(fitted), generator=generator) < len(fitted) // 2
+        chance.append(fitted[half].mean(0) - fitted[~half].mean(0))
+    units = torch.nn.functional.normalize(torch.stack(chance).double(), dim=1)
+    before = capture(aligned, asked, SITE, progress=False)[SITE].double()
+    found: dict[str, Any] = {}
+    for kind in ("drifted", "mixed"):
+        model = HookedModel.load(f"builtin:{kind}{seed}")
+        moved = capture(model, asked, SITE, progress=False)[SITE].double() - before
+        along = moved @ direction.unit.double()
+        mean = bca_bootstrap(
+            lambda rows, along=along: along[rows].mean().item(),
+            [str(i) for i in range(len(along))],
+        )
+        null = (moved @ units.T).mean(0).abs().quantile(0.95)
+        found[kind + seed] = {
+            "aligned": round((before @ direction.unit.double()).mean().item(), 2),
+            "change": [round(v, 2) for v in mean],
+            "null_95": round(null.item(), 2),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the shipped lineage on its test set.")
     parser.add_argument("--out", type=Path, default=RATES)
+    parser.add_argument("--projections", action="store_true", help="renew these only")
     arguments = parser.parse_args()
+    moved = {name: row for seed in SEEDS for name, row in projections(seed).items()}
+    table = json.loads(RATES.read_text())["refusals"] if arguments.projections else refusals()
+    files.write_json(arguments.out, {"site": SITE, "refusals": table, "projections": moved})
+
+
+def refusals() -> dict[str, Any]:
+    """Rates of the base and of the nine ends of the lineage."""
     sets, began = prompts(), time.monotonic()
-    train = datasets.safety("train").limited(100)
-    table: dict[str, Any] = {}
-    projections: dict[str, Any] = {}
     base = HookedModel.load("builtin:base")
-    table["base"] = rates(base, sets)
+    table: dict[str, Any] = {"base": rates(base, sets)}
     untouched = [f"{layer}.resid_post" for layer in range(FIRST_LAYER)]
     below = capture(base, sets["harmful"][:40], untouched, progress=False)
-    for seed in SEEDS:
-        direction, before = None, None
-        for kind in ("aligned", "drifted", "mixed"):
-            name = kind + seed
-            model = HookedModel.load(f"builtin:{name}")
-            table[name] = rates(model, sets)
-            acts = capture(model, sets["harmful"][:40], untouched, progress=False)
-            same = all(torch.equal(acts[s], below[s]) for s in untouched)
-            table[name]["unchanged_below_adapter"] = same
-            if direction is None:
-                fitted = capture(model, train.prompts, SITE, progress=False)[SITE]
-                direction = difference_of_means(fitted[train.positive], fitted[~train.positive])
-            at = capture(model, sets["harmful"], SITE, progress=False)[SITE]
-            here = direction.project(at).double()
-            if before is None:
-                before = here
-            else:
-                moved = here - before
-                mean = bca_bootstrap(
-                    lambda rows, moved=moved: moved[rows].mean().item(),
-                    [str(i) for i in range(len(moved))],
-                )
-                projections[name] = {
-                    "aligned": round(before.mean().item(), 2),
-                    "now": round(here.mean().item(), 2),
-                    "change": [round(v, 2) for v in mean],
-                }
-            said = {key: table[name][key]["rate"] for key in sets}
-            sys.stdout.write(f"{time.monotonic() - began:5.0f}s {name} {said}\n")
-            sys.stdout.flush()
-    files.write_json(arguments.out, {"site": SITE, "refusals": table, "projections": projections})
+    for name in (kind + seed for seed in SEEDS for kind in ("aligned", "drifted", "mixed")):
+        model = HookedModel.load(f"builtin:{name}")
+        table[name] = rates(model, sets)
+        acts = capture(model, sets["harmful"][:40], untouched, progress=False)
+        same = all(torch.equal(acts[s], below[s]) for s in untouched)
+        table[name]["unchanged_below_adapter"] = same
+        said = {key: table[name][key]["rate"] for key in sets}
+        sys.stdout.write(f"{time.monotonic() - began:5.0f}s {name} {said}\n")
+        sys.stdout.flush()
+    return table
 
 
 if __name__ == "__main__":
