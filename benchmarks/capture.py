@@ -178,7 +178,6 @@ def bare_of(model: Any, rows: list[list[int]]) -> Callable[[], None]:
 
 def with_alignlens(task: dict, share: bool = True) -> tuple[Any, Callable, Callable]:
     from probes.capturing import capture
-
     from probes.model import HookedModel
 
     model = HookedModel.load("builtin:base", device="cpu")
