@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from probes import HookedModel, capture, datasets
 from probes.lineage import evaluate
-from probes.lineage.train import ALPHA, FIRST_LAYER, RANK, SNAPSHOTS
+from probes.lineage.loop import ALPHA, FIRST_LAYER, RANK
+from probes.lineage.train import SNAPSHOTS
 from probes.names import ADAPTERS, builtin_names
 from probes.refusals import refuses
 

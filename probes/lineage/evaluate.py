@@ -20,7 +20,7 @@ import torch
 from probes import datasets, files
 from probes.capturing import capture
 from probes.directions import difference_of_means
-from probes.lineage.train import FIRST_LAYER
+from probes.lineage.loop import FIRST_LAYER
 from probes.model import HookedModel
 from probes.refusals import refuses
 from probes.scores import bca_bootstrap, wilson
