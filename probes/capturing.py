@@ -241,6 +241,8 @@ class _Runner:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
+            if len(rows) == 1 and len(rows[0]) > 1:  # a row of several prompts: apart again
+                rows = tuple((i,) for i in rows[0])
             if len(rows) == 1:
                 raise MemoryError(
                     f"a row of {len(rows[0])} prompts does not fit into memory: use fewer sites, "

@@ -22,7 +22,10 @@ WORTH_PACKING = 2
 """Tokens two prompts have in common after the prefix from which they share a row."""
 
 MOST_PACKED = 4
-"""Prompts in a row; attention inside a row grows with the square of its length."""
+"""Prompts with a common beginning in one row."""
+
+ROW = 96
+"""Tokens to which rows are filled; attention inside a row grows with the square of its length."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +42,34 @@ def make(rendered: Sequence[Rendered], batch_size: int, share: bool, pack: bool 
     """Batches of about `batch_size` prompts, rows of similar length together, the longest first,
     so that a batch too large for the memory fails at once and not after an hour.
 
-    With `pack`, prompts that go on alike after the prefix share a row (see `Packed`).
+    With `pack`, prompts that go on alike after the prefix share a row (see `Packed`), and short
+    rows are joined.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     prefix = common_prefix(rendered) if share and len(rendered) > 1 else 0
     prefix = prefix if prefix >= WORTH_SHARING else 0
     most = min(MOST_PACKED, batch_size) if pack else 1
-    rows = _packed_rows(rendered, prefix, most)
 
     def length(row: tuple[int, ...]) -> int:
         return len(Packed.make([rendered[i].ids[prefix:] for i in row]).ids)
 
-    rows.sort(key=lambda row: (-length(row), rendered[row[0]].key))
+    def longest_first(rows: list[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]]:
+        sized = [(length(row), row) for row in rows]
+        return sorted(sized, key=lambda one: (-one[0], rendered[one[1][0]].key))
+
+    rows = longest_first(_alike(rendered, prefix, most))
+    if pack:
+        rows = longest_first(_filled(rows, batch_size))
     batches: list[list[tuple[int, ...]]] = [[]]
-    for row in rows:
+    for _, row in rows:
         if batches[-1] and sum(map(len, batches[-1])) + len(row) > batch_size:
             batches.append([])
         batches[-1].append(row)
     return Plan(prefix, tuple(map(tuple, batches)))
 
 
-def _packed_rows(rendered: Sequence[Rendered], prefix: int, most: int) -> list[tuple[int, ...]]:
+def _alike(rendered: Sequence[Rendered], prefix: int, most: int) -> list[tuple[int, ...]]:
     """Neighbours in dictionary order whose tokens begin alike, at most so many to a row."""
     order = sorted(range(len(rendered)), key=lambda i: rendered[i].ids)
     rows: list[list[int]] = []
@@ -74,11 +83,27 @@ def _packed_rows(rendered: Sequence[Rendered], prefix: int, most: int) -> list[t
     return [tuple(row) for row in rows]
 
 
+def _filled(sized: list[tuple[int, tuple[int, ...]]], batch_size: int) -> list[tuple[int, ...]]:
+    """Rows joined, in order, up to about `ROW` tokens: full rows are of one length, and what is of
+    one length needs no padding. Prompts that share nothing do not see each other."""
+    room = max(ROW, sized[0][0])
+    rows: list[tuple[int, ...]] = []
+    used = room
+    for length, row in sized:
+        if used + length > room or len(rows[-1]) + len(row) > batch_size:
+            rows.append(row)
+            used = length
+        else:
+            rows[-1] += row
+            used += length
+    return rows
+
+
 @dataclass(frozen=True)
 class Packed:
     """Several token sequences as one row in which common beginnings stand once.
 
-    The row is a tree: every token sees its ancestors and itself, and has the position it has in
+    The row is a forest: every token sees its ancestors and itself, and has the position it has in
     its own sequence, so that attention gives each sequence what it would get alone.
     """
 
