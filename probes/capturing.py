@@ -245,8 +245,8 @@ class _Runner:
                 rows = tuple((i,) for i in rows[0])
             if len(rows) == 1:
                 raise MemoryError(
-                    f"a row of {len(rows[0])} prompts does not fit into memory: use fewer sites, "
-                    "a smaller dtype, device_map='auto', or share_prefix=False"
+                    "one prompt alone does not fit into memory: use fewer sites, a smaller dtype or "
+                    "device_map='auto'"
                 ) from error
         if done is not None:
             yield done

@@ -50,7 +50,9 @@ def test_a_base_without_template_is_prompted_with_the_aligned_models() -> None:
 def test_another_template_is_replaced_and_said() -> None:
     own = tiny.tokenizer(template=tiny.TEMPLATE.replace("helpful", "a"))
     aligned = tiny_lineage.hooked("second", 1)
-    found = compare(pair(tiny_lineage.hooked("first", tokenizer=own), aligned))
+    base = tiny_lineage.hooked("first", tokenizer=own)
+    assert base.template.render("w1").ids != aligned.template.render("w1").ids
+    found = compare(pair(base, aligned))
     assert "first has another chat template" in found.notes[0]
     assert found.base.template.render("w1").ids == aligned.template.render("w1").ids
 

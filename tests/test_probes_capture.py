@@ -162,12 +162,14 @@ def test_packing_stops_where_a_window_would_be_lost() -> None:
     assert model.check.packs
     assert model.packs(14)
     assert not model.packs(15)
-    prompts = words(9, seed=2, shortest=6, longest=12)
-    rendered = model.template.render_all(prompts)
     site = Site(2, "resid_post")
-    expected = one_by_one(model, rendered, [site])[site]
-    acts = capture(model, prompts, [site], "all", batch_size=4)
-    assert error(acts.rows(site)[0], picked(expected, rendered, "all")) < 1e-5
+    for shortest, longest, fits in ((6, 12, False), (2, 5, True)):
+        prompts = words(9, seed=2, shortest=shortest, longest=longest)
+        rendered = model.template.render_all(prompts)
+        assert model.packs(max(len(r.ids) for r in rendered)) == fits
+        expected = one_by_one(model, rendered, [site])[site]
+        acts = capture(model, prompts, [site], "all", batch_size=4)
+        assert error(acts.rows(site)[0], picked(expected, rendered, "all")) < 1e-5
 
 
 def acts_last(model: HookedModel, site: Site) -> Tensor:
