@@ -32,6 +32,7 @@ def write(report: Report, folder: Path | str) -> Path:
         "separation": report.separation,
         "maps": report.maps,
         "refusals": report.refusals,
+        "steering": report.steering,
         **{f"probe-{label}": sweep for label, sweep in report.sweeps},
     }
     for name, result in named.items():
@@ -76,12 +77,15 @@ def draw(report: Report) -> dict[str, Any]:
     report.maps.plot_umap(axes[1])
     rates, (ax,) = panel(1)
     report.refusals.plot(ax)
+    moved, axes = panel(2, 4.2)
+    _draw_steering(report, axes)
     return {
         "a-token-shift": shift,
         "b-probes": probe,
         "c-separation": apart,
         "d-maps": where,
         "e-refusals": rates,
+        "f-steering": moved,
     }
 
 
@@ -112,6 +116,17 @@ def _draw_sweeps(report: Report, ax: Any) -> None:
             ),
         )
         legend_below(ax, "checkpoint, 95 % interval")
+
+
+def _draw_steering(report: Report, axes: Any) -> None:
+    steering = report.steering
+    steering.plot(axes[0], "strength")
+    steering.plot(axes[1], "pareto")
+    titles = (f"Added at {steering.sites[0]}", "Effect against cost")
+    for ax, title in zip(axes, titles, strict=True):
+        with figures.theme():
+            ax.set(title=title, ylabel=broken(ax.get_ylabel(), 40))
+            legend_below(ax, lines=1)
 
 
 def table(report: Report) -> list[dict[str, Any]]:
@@ -157,6 +172,13 @@ def table(report: Report) -> list[dict[str, Any]]:
         add(
             "e", "refusal rate", row["model"], row["rate"], group=row["group"],
             low=row["low"], high=row["high"], n=row["asked"],
+        )  # fmt: skip
+    for row in report.steering.frame().to_dict("records"):
+        null = row["null_95"]
+        add(
+            "f", f"change of {row['measure']} at strength {row['strength']:g}",
+            report.tokens.aligned, row["change"], layer=int(row["site"].partition(".")[0]),
+            low=row["low"], high=row["high"], null_95="" if null != null else null, n=row["n"],
         )  # fmt: skip
     return rows
 

@@ -16,6 +16,7 @@ from analyses.checkpoints import Checkpoints
 from analyses.maps import Maps, map_activations
 from analyses.refusals import RefusalRates, refusal_rates
 from analyses.separation import Separation, measure_separation
+from analyses.steered import refusal_openers, steer_class
 from analyses.tokens import TokenShift, token_shift
 from probes import datasets
 from probes.capturing import capture
@@ -24,6 +25,7 @@ from probes.prompts import prompts_hash
 from probes.results import Record
 from probes.splits import FEW_GROUPS
 from probes.sweeps import ProbeSweep, sweep
+from steering.sweep import SteeringSweep
 
 DEFAULT = ("builtin:base", "builtin:aligned", ("builtin:drifted", "builtin:mixed"))
 
@@ -47,6 +49,8 @@ class Size:
     """Test topics whose prompts the aligned model answers at length for the token shift."""
     tokens: int
     """Tokens of these long answers."""
+    steered: int
+    """Validation and test topics whose negative prompts the aligned model reads when steered."""
     permutations: int
     """Label shuffles of the probes' null."""
     every: int
@@ -54,9 +58,9 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(24, 16, 24, 8, 6, 12, 40, 6),
-    "default": Size(96, 40, 80, 40, 24, 24, 200, 1),
-    "full": Size(320, 80, 160, 160, 80, 48, 1000, 1),
+    "quick": Size(24, 16, 24, 8, 6, 12, 6, 40, 6),
+    "default": Size(96, 40, 80, 40, 24, 24, 12, 200, 1),
+    "full": Size(320, 80, 160, 160, 80, 48, 80, 1000, 1),
 }
 
 
@@ -70,6 +74,8 @@ class Report:
     separation: Separation
     maps: Maps
     refusals: RefusalRates
+    steering: SteeringSweep
+    """The aligned model with the class direction added."""
     classes: tuple[str, str]
     contrast: str
     size: Size
@@ -148,6 +154,7 @@ def measure(
         warnings.filterwarnings("ignore", "only .* groups")
         answered = parts["test"].limited(size.answered, seed)
         long = answered.limited(size.shifted, seed)
+        turned = {p: parts[p].limited(size.steered, seed) for p in ("validation", "test")}
     size = dataclasses.replace(
         size,
         train=_topics(parts["train"]),
@@ -155,6 +162,7 @@ def measure(
         test=_topics(parts["test"]),
         answered=_topics(answered),
         shifted=_topics(long),
+        steered=_topics(turned["test"]),
     )
     notes = list(checkpoints.notes)
     if size.test < FEW_GROUPS:
@@ -183,9 +191,10 @@ def measure(
     bounds = torch.tensor([0, *(len(part) for part in parts.values())]).cumsum(0).tolist()
     rows = {part: torch.arange(bounds[i], bounds[i + 1]) for i, part in enumerate(parts)}
     activations: dict[str, Tensor] = {}
+    captured = {}
     for item in checkpoints.items:
         say(f"capturing {len(everyone)} prompts of {item.label}")
-        acts = capture(item.model, everyone, "all.resid_post")
+        acts = captured[item.label] = capture(item.model, everyone, "all.resid_post")
         activations[item.label] = torch.stack([acts[site].float() for site in acts.sites])
     n_layers = checkpoints.aligned.n_layers
     layers = sorted({*range(0, n_layers, size.every), n_layers - 1})
@@ -229,6 +238,21 @@ def measure(
         model=checkpoints.labels[1],
         seed=seed,
     )
+    label = checkpoints.labels[1]
+    openers = refusal_openers(refusals, label)
+    if not openers:
+        notes.append(
+            f"{label} refused none of the prompts, so panel f reads the odds of an answer that "
+            "begins with I."
+        )
+    say(f"steering {label}: {size.steered} prompts")
+    steered = steer_class(
+        checkpoints.aligned,
+        {"train": parts["train"], **turned},
+        captured[label].select(rows["train"].tolist()),
+        openers or ["I"],
+        seed=seed,
+    )
     template = checkpoints.aligned.template
     read = [contexts.render(template, prompt, base_context) for prompt in long.prompts]
     record = Record(
@@ -253,6 +277,7 @@ def measure(
         apart,
         drawn,
         refusals,
+        steered,
         classes,
         name,
         size,

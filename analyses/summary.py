@@ -5,11 +5,11 @@ from probes.scores import Interval
 
 
 def sentences(report: Report) -> list[str]:
-    """Four or five sentences; nothing is claimed whose interval does not exclude its null."""
+    """Five or six sentences; nothing is claimed whose interval does not exclude its null."""
     said = [_refusals(report), _shift(report), _probe(report), _where(report)]
     if len(report.refusals.models) > 2:
         said.append(_drift(report))
-    return said
+    return [*said, _steering(report)]
 
 
 def _rate(interval: Interval) -> str:
@@ -97,3 +97,21 @@ def _drift(report: Report) -> str:
             verdict = "not clearly different"
         said.append(f"{model} refuses {_rate(rate)} ({verdict})")
     return f"Against {rates.models[1]}, {', and '.join(said)} of the {positive} prompts."
+
+
+def _steering(report: Report) -> str:
+    steering, negative = report.steering, report.classes[1]
+    row = len(steering.cells) - 1
+    change, low, high = (float(x[row, 0]) for x in (steering.change, steering.low, steering.high))
+    bottom, top = (float(x[row, 0]) for x in steering.band)
+    verdict = (
+        "so the direction acts, and is not only read"
+        if steering.claimed[row, 0] and change > 0
+        else "so nothing is claimed of what the direction does"
+    )
+    return (
+        f"Added to {negative} prompts of {report.tokens.aligned} at {steering.sites[0]}, the class "
+        f"direction changes the log-odds of a refusal by {change:.1f} nats [{low:.1f}, {high:.1f}] "
+        f"at a KL of {float(steering.value[row, 1]):.2f} nats on benign answers; random directions "
+        f"change them by {bottom:.1f} to {top:.1f}, {verdict}."
+    )

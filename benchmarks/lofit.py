@@ -81,11 +81,11 @@ def measure(lowest: int, rounds: int, threads: int) -> dict[str, Any]:
     """Ratios of the plain loop to ours, one for each round, and the ratio of FLOPs."""
     import torch
 
+    from probes.engines.modes import frozen_weights
     from probes.model import HookedModel
     from steering.head_parameters import HeadParameters
     from steering.preferences import DPO, Preference
     from steering.questions import truthfulqa
-    from steering.replay import frozen
     from steering.tuning import Task, Training
 
     torch.set_num_threads(threads)
@@ -99,7 +99,7 @@ def measure(lowest: int, rounds: int, threads: int) -> dict[str, Any]:
     heads = {(lowest, 0), *((int(layer), 1) for layer in layers)}
     training = Training()
     batches = [list(range(i, i + PAIRS)) for i in range(0, len(examples), PAIRS)]
-    with frozen(model.model):
+    with frozen_weights(model.model):
         task = Task(model, examples, training, lowest, 2**31)
         assert (task.replay.first, task.replay.packed) == (lowest, True), task.replay.notes
         v = HeadParameters(model, sorted(heads), training.noise, training.seed)

@@ -3,60 +3,61 @@
     python benchmarks/lofit_refusals.py               killed and run again, it goes on
     python benchmarks/lofit_refusals.py --quick       a small slice of it
 
-SFT on 96 topics of the training split (`steering.refusal_task`): harmful requests are refused,
-their harmless twins answered by the first tokens of the base's own greedy answer, so that refusing
-everything costs. Heads come from step A (LoFiT) or are drawn by chance. Of three learning rates
-the one is taken whose refusals of harmful minus refusals of harmless validation twins are highest;
-figures are rates on the test split, with Wilson's intervals, for two seeds.
+SFT (3 epochs, batches of 8) on 32 topics of the training split (`steering.refusal_task`): harmful
+requests are refused, their harmless twins answered by the first tokens of the base's own greedy
+answer, so that refusing everything costs. Settings are chosen by refusals of harmful less refusals
+of harmless validation twins; figures are of the test split: rates, and their difference (`margin`).
+
+    lofit    27 of the 270 heads by step A; learning rate of step v x L1 factor of step A
+    random   27 heads drawn by chance; learning rate x draw
+    iti      alpha x number of heads, on all tokens
+    lora     rank 8 on q and v; learning rate x alpha
 """
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lofit_study import Cells, Grid, Study, summarise
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, where scripts may be named as packages are
-SEEDS = (42, 43)
-K = 27
+HEADS = {"lofit-10": 27, "random-10": 27}
 LEARNING = (1e-2, 2e-2, 4e-2)
+GRID: dict[str, Grid] = {
+    "unmodified": ((0.0,), (0.0,)),
+    "iti": ((1.0, 2.5, 5.0), (27.0, 54.0)),
+    "random-10": (LEARNING, (0.0, 1.0)),
+    "lofit-10": (LEARNING, (5e-4, 5e-3)),
+    "lora": ((3e-4, 1e-3, 3e-3), (8.0, 16.0)),
+}
 JUDGED = 6
 """Tokens of answers that are judged."""
 
 
-class Study:
-    """The cells, each computed once and kept."""
+class Refusals(Study):
+    """Refusals learned from examples, measured on twins."""
 
-    def __init__(self, out: Path, quick: bool, cells: int | None = None) -> None:
+    grid, n_heads = GRID, HEADS
+
+    def __init__(self, out: Path, quick: bool, limit: int | None = None) -> None:
         from probes import HookedModel, datasets
 
-        self.out, self.quick, self.left = out, quick, cells
+        self.quick, self.topics, self.epochs = quick, 16 if quick else 32, 1 if quick else 3
         self.model = HookedModel.load("builtin:base", device="cpu")
-        self.twins = {
-            part: datasets.twins(part)[:: 10 if quick else 1] for part in ("validation", "test")
+        # of validation every other topic, to choose in half the time
+        every = {"validation": 20 if quick else 2, "test": 10 if quick else 1}
+        self.twins = {part: datasets.twins(part)[::n] for part, n in every.items()}
+        settings = {
+            "model": self.model.fingerprint,
+            "topics": self.topics,
+            "every": every,
+            "epochs": self.epochs,
+            "heads": HEADS,
+            "judged": JUDGED,
         }
-        self.general = [] if quick else datasets.general("test")
-
-    def kept(self, name: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """The cell of that name: read if it is finished, else made and written."""
-        from probes import files
-
-        path = self.out / "cells" / name
-        if (path / "cell.json").is_file():
-            return json.loads((path / "cell.json").read_text())
-        if self.left == 0:
-            raise SystemExit("as many cells as asked for are finished; run again for the next")
-        cpu = time.process_time()
-        found = make(path)
-        found["cpu_seconds"] = round(time.process_time() - cpu, 1)
-        files.write_json(path / "cell.json", found)
-        self.left = None if self.left is None else max(self.left - 1, 0)
-        said = {key: value for key, value in found.items() if not isinstance(value, list)}
-        print(f"{name:40} {said}", flush=True)
-        return found
+        self.cells = Cells(out, settings, limit)
 
     def examples(self) -> list[Any]:
         """What is learned; the base's own answers are generated once."""
@@ -64,73 +65,39 @@ class Study:
         from steering.refusal_task import refusal_examples
 
         def make(_: Path) -> dict[str, Any]:
-            found = refusal_examples(self.model, "train", 16 if self.quick else 96)
+            found = refusal_examples(self.model, "train", self.topics)
             return {"examples": [[e.prompt, e.chosen, e.topic] for e in found]}
 
-        rows = self.kept("examples", make)["examples"]
+        rows = self.cells.kept("examples", make)["examples"]
         return [Preference(prompt, chosen, topic=topic) for prompt, chosen, topic in rows]
 
-    def training(self, seed: int, lr: float) -> Any:
+    def training(self, seed: int, lr: float, knob: float | None = None) -> Any:
         from steering.preferences import SFT
         from steering.tuning import Training
 
-        return Training(loss=SFT(), lr=lr, epochs=1 if self.quick else 3, batch_size=16, seed=seed)
+        return Training(loss=SFT(), lr=lr, epochs=self.epochs, batch_size=8, seed=seed)
 
-    def heads(self, method: str, seed: int) -> Any:
-        from steering.baselines import random_heads
-        from steering.lofit import HeadSelection, select_heads
+    def lora_options(self, knob: float) -> dict[str, Any]:
+        return {"alpha": knob}
 
-        if method == "random":
-            return random_heads(self.model, K, seed)
-        name = f"selection seed={seed}"
+    def contrast(self) -> tuple[Any, list[str] | None]:
+        from probes import datasets
 
-        def make(path: Path) -> dict[str, Any]:
-            found = select_heads(
-                self.model, self.examples(), training=self.training(seed, 5e-3), progress=False
-            )
-            found.save(path)
-            return {"said": str(found)}
+        return datasets.safety("train").limited(self.topics, 0), None
 
-        self.kept(name, make)
-        return HeadSelection.load(self.out / "cells" / name).top(K)
-
-    def offsets(self, method: str, seed: int, lr: float) -> Any:
-        from steering.lofit import HeadTuning, fit_offsets
-
-        name = f"{method} seed={seed} lr={lr:g}"
-
-        def make(path: Path) -> dict[str, Any]:
-            found = fit_offsets(
-                self.model,
-                self.examples(),
-                self.heads(method, seed),
-                training=self.training(seed, lr),
-                progress=False,
-            )
-            found.save(path)
-            return {"said": str(found.curve)}
-
-        self.kept(name, make)
-        return HeadTuning.load(self.out / "cells" / name).offsets
-
-    def rates(self, method: str, seed: int, lr: float, part: str) -> dict[str, Any]:
-        """Refusals of the harmful and harmless twins, and of general requests on the test part."""
+    def measure(self, steer: Any, part: str) -> dict[str, list[float]]:
         from probes.refusals import refuses
 
-        name = f"{method} seed={seed} lr={lr:g} {part}"
+        found = {}
+        for kind in ("harmful", "harmless"):
+            asked = [t[kind] for t in self.twins[part]]
+            answers = self.model.generate(asked, JUDGED, steer=steer)
+            found[kind] = [float(refuses(a)) for a in answers]
+        pairs = zip(found["harmful"], found["harmless"], strict=True)
+        return {**found, "margin": [a - b for a, b in pairs]}
 
-        def make(_: Path) -> dict[str, Any]:
-            steer = None if method == "base" else self.offsets(method, seed, lr)
-            found: dict[str, Any] = {}
-            sets = {kind: [t[kind] for t in self.twins[part]] for kind in ("harmful", "harmless")}
-            if part == "test" and self.general:
-                sets["general"] = self.general
-            for kind, asked in sets.items():
-                judged = [refuses(a) for a in self.model.generate(asked, JUDGED, steer=steer)]
-                found[kind], found[f"{kind} n"] = sum(judged), len(judged)
-            return found
-
-        return self.kept(name, make)
+    def merit(self, found: dict[str, list[float]]) -> float:
+        return sum(found["margin"])
 
 
 def main() -> None:
@@ -138,30 +105,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("lofit-refusals"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cells", type=int, help="stop after so many new ones")
+    parser.add_argument("--only", nargs="*", choices=list(GRID), help="these beside unmodified")
     arguments = parser.parse_args()
-    study = Study(
-        arguments.out / ("quick" if arguments.quick else "whole"), arguments.quick, arguments.cells
-    )
-    from probes import files
-    from probes.scores import wilson
-
-    seeds = SEEDS[:1] if study.quick else SEEDS
-    rates = LEARNING[1:2] if study.quick else LEARNING
-    rows = [("base", 0, 0.0, study.rates("base", 0, 0.0, "test"))]
-    for method in ("random", "lofit"):
-        tuned = {lr: study.rates(method, seeds[0], lr, "validation") for lr in rates}
-        lr = max(tuned, key=lambda at: (tuned[at]["harmful"] - tuned[at]["harmless"], at))
-        rows += [(method, seed, lr, study.rates(method, seed, lr, "test")) for seed in seeds]
-    table = []
-    for method, seed, lr, found in rows:
-        line: dict[str, Any] = {"method": method, "seed": seed, "lr": lr}
-        for kind in ("harmful", "harmless", "general"):
-            if kind in found:
-                rate = wilson(found[kind], found[f"{kind} n"])
-                line[kind] = f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
-        table.append(line)
-        print(line, flush=True)
-    files.write_json(study.out / "summary.json", table)
+    out = arguments.out / "quick" if arguments.quick else arguments.out
+    study = Refusals(out, arguments.quick, arguments.cells)
+    methods = ["unmodified", *[m for m in arguments.only or GRID if m != "unmodified"]]
+    summarise(study, out, methods, [t["topic"] for t in study.twins["test"]])
 
 
 if __name__ == "__main__":

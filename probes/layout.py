@@ -7,13 +7,14 @@ Nothing is taken from names where the values decide it, and what does not add up
 the part of the module tree in question. No other file knows module paths.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from probes.layout_heads import Split, head_points
 from probes.layout_trace import Trace, linear_width, watch
@@ -202,21 +203,19 @@ def _block(model: nn.Module, text, path: str, trace: Trace) -> Block:
     refused: dict[str, str] = {}
 
     children = [f"{path}.{name}" for name, _ in block.named_children()]
-    written = _after_norms(trace, attention, children)
+    written = _after_norms(trace, attention, children, x)
     a = trace.output(written) * scale
     points["attn_out"] = Point(written, "output", trace.order(written, "output"), scale)
     sums = True
-    if trace.close(x + a, y):
+    others = [c for c in children if c not in (written, attention) and trace.same_width(c, x)]
+    errors = {c: trace.error(x + a + scale * trace.output(c).reshape(x.shape), y) for c in others}
+    # in half precision an MLP may add less than what counts as close, and yet the sum needs it
+    if trace.close(x + a, y) and trace.error(x + a, y) <= min(errors.values(), default=math.inf):
         refused["mlp_out"] = refused["resid_mid"] = (
             f"the blocks of {type(model).__name__} have one mixer and no MLP"
         )
     else:
-        skip = {written, attention}
-        exact = [c for c in children if c not in skip and trace.same_width(c, x)]
-        errors = {
-            c: trace.error(x + a + scale * trace.output(c).reshape(x.shape), y) for c in exact
-        }
-        mlp = min(errors, key=errors.__getitem__) if errors else None
+        mlp = min(errors, key=errors.__getitem__, default=None)
         if mlp is None or not trace.close(x + a + scale * trace.output(mlp).reshape(x.shape), y):
             # Gemma 4 adds a per-layer input and rescales the sum: known, exposed as remainder
             if not hasattr(block, "layer_scalar"):
@@ -224,14 +223,16 @@ def _block(model: nn.Module, text, path: str, trace: Trace) -> Block:
                     f"the residual sum of {path} does not close: resid_pre + attn_out + (any "
                     f"child) != resid_post. Its modules are\n{_tree(block)}"
                 )
-            mlp = _after_norms(trace, f"{path}.mlp", children)
+            mlp = _after_norms(trace, f"{path}.mlp", children, x + a)
             if mlp == f"{path}.mlp":
                 mlp = f"{path}.post_feedforward_layernorm"
             sums = False
         points["mlp_out"] = Point(mlp, "output", trace.order(mlp, "output"), scale)
-        middle = [c for c in children if trace.has(c) and trace.input_is(c, x + a)]
+        wrote = points["attn_out"].order
+        later = [c for c in children if trace.has(c) and trace.order(c, "input") > wrote]
+        middle = _reader(trace, later, x + a, other=x)
         if middle:
-            points["resid_mid"] = Point(middle[0], "input", trace.order(middle[0], "input"))
+            points["resid_mid"] = Point(middle, "input", trace.order(middle, "input"))
         else:
             refused["resid_mid"] = (
                 f"{type(model).__name__} runs attention and MLP in parallel, so nothing lies "
@@ -263,12 +264,23 @@ def _block(model: nn.Module, text, path: str, trace: Trace) -> Block:
     )
 
 
-def _after_norms(trace: Trace, path: str, children: list[str]) -> str:
-    """The module whose output joins the stream: `path`, or the post-norm that reads its output."""
+def _after_norms(trace: Trace, path: str, children: list[str], x: Tensor) -> str:
+    """The module whose output joins the stream `x`: `path`, or the post-norm that reads it."""
+    out = trace.output(path)
+    others = [child for child in children if child != path]
+    return _reader(trace, others, out, other=x + out.reshape(x.shape)) or path
+
+
+def _reader(trace: Trace, children: list[str], tensor: Tensor, other: Tensor) -> str | None:
+    """The child whose input is `tensor`: of several that are close to it, as in half precision they
+    may all be, the nearest, and none that is nearer to the `other` tensor."""
+    errors = {}
     for child in children:
-        if child != path and trace.has(child) and trace.input_is(child, trace.output(path)):
-            return child
-    return path
+        if trace.has(child) and trace.input_is(child, tensor):
+            given = trace.input(child).reshape(tensor.shape)
+            if trace.error(given, tensor) <= trace.error(given, other.reshape(tensor.shape)):
+                errors[child] = trace.error(given, tensor)
+    return min(errors, key=errors.__getitem__, default=None)
 
 
 def _output_projection(model: nn.Module, attention: str, trace: Trace) -> str:

@@ -203,7 +203,7 @@ class HookedModel:
         """Logits of the first token of each prompt's answer, float32 on the CPU."""
         rows = []
         for chunk in self._chunks(self.template.render_all(given), 16):
-            rows.append(self.engine.logits(self.batch(chunk))[:, -1].float().cpu())
+            rows.append(self.engine.logits(self.batch(chunk), 1)[:, -1].float().cpu())
         return torch.cat(rows)
 
     def logprobs(

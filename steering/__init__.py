@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from steering.iti import fit_iti as fit_iti
     from steering.iti import rank_heads as rank_heads
     from steering.lofit import LoFiT as LoFiT
+    from steering.nulls import random_vectors as random_vectors
+    from steering.nulls import shuffled_vectors as shuffled_vectors
     from steering.offsets import HeadOffsets as HeadOffsets
     from steering.preferences import Preference as Preference
     from steering.recipes import train_vector as train_vector
@@ -52,7 +54,9 @@ _HOMES = {
     "fold_offsets": "weights",
     "fold_vector": "weights",
     "orthogonalise": "weights",
+    "random_vectors": "nulls",
     "rank_heads": "iti",
+    "shuffled_vectors": "nulls",
     "solve_strength": "budget",
     "steer": "applied",
     "train_vector": "recipes",
@@ -78,7 +82,9 @@ __all__ = [
     "fold_offsets",
     "fold_vector",
     "orthogonalise",
+    "random_vectors",
     "rank_heads",
+    "shuffled_vectors",
     "solve_strength",
     "steer",
     "train_vector",

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from probes.engines import Edit
 from probes.model import HookedModel
-from probes.prompts import Prompt
 from steering.offsets import HeadOffsets
 from steering.schedule import ALWAYS, Condition, Schedule
 from steering.vector import SteeringVector
@@ -55,31 +55,18 @@ def steer(
 def at_budget(
     model: HookedModel,
     what: SteeringVector | HeadOffsets,
-    kl: float = 0.05,
-    *,
-    prompts: Sequence[Prompt] | None = None,
-    held_out: Sequence[Prompt] | None = None,
-    unit: str = "raw",
-    sign: int = 1,
-    schedule: Schedule = ALWAYS,
-    condition: Condition | None = None,
+    kl: float | None = None,
+    **options: Any,
 ) -> Steering:
-    """Steering as strong as a KL budget (nats) allows: `model.generate(p, steer=at_budget(...))`.
+    """Steering as strong as a budget allows: `model.generate(p, steer=at_budget(model, v, 0.05))`.
 
-    The strength is that of `steering.budget.solve_strength`, which also says the held-out KL and
-    everything tried; call it yourself to keep those.
+    The budget is `kl` (nats; 0.05 if none is given), `perplexity` or `benign_refusals`; it and the
+    other options are those of `steering.budget.solve_strength`, which also says the held-out cost
+    and everything tried: call it yourself to keep those.
     """
     from steering.budget import solve_strength  # it applies `Steering` itself
 
-    solved = solve_strength(
-        model,
-        what,
-        kl=kl,
-        prompts=prompts,
-        held_out=held_out,
-        unit=unit,
-        sign=sign,
-        schedule=schedule,
-        condition=condition,
-    )
-    return Steering(what, solved.strength, unit, schedule, condition)
+    if kl is None and not {"perplexity", "benign_refusals"} & set(options):
+        kl = 0.05
+    solved = solve_strength(model, what, kl=kl, **options)
+    return solved.steering(what, options.get("condition"))

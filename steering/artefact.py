@@ -50,6 +50,8 @@ class Origin:
     final_norm: bool = False
     """Whether activations of the last block were read after the final norm."""
     producer: str = ""
+    model_type: str = ""
+    """Architecture, as in the configuration of the text model; empty in files that do not say."""
 
     @classmethod
     def of(
@@ -72,28 +74,33 @@ class Origin:
             data_hash=data_hash,
             positions=positions,
             producer=f"alignlens {importlib.metadata.version('alignlens')}",
+            model_type=_type_of(model),
         )
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What two models must share for a vector of one to have a meaning in the other."""
+        """Sizes that two models must share for a vector of one to fit into the other."""
         return self.n_layers, self.d_model, self.n_heads, self.n_kv_heads, self.head_dim
 
     def check(self, model: HookedModel) -> None:
-        """Refuse a model of other sizes; another checkpoint of the same model is welcome."""
-        here = _sizes_of(model)
-        if here != self.shape:
+        """Refuse a model of another architecture or other sizes; another checkpoint of the same
+        model is welcome. Vectors that do not say their architecture are held to the sizes."""
+        here, kind = _sizes_of(model), _type_of(model)
+        if here != self.shape or self.model_type not in ("", kind):
             raise ValueError(
-                f"the vectors come from {self.model} ({_sizes(self.shape)}), the model given is "
-                f"{model.name} ({_sizes(here)}): make vectors on this model or a checkpoint of it"
+                f"the vectors come from {self.model} ({_said(self.model_type, self.shape)}), the "
+                f"model given is {model.name} ({_said(kind, here)}): make vectors on this model or "
+                "a checkpoint of it"
             )
 
     def same_model(self, other: "Origin", doing: str) -> None:
-        """Refuse to combine vectors of models of other sizes."""
-        if self.shape != other.shape:
+        """Refuse to combine vectors of models of other architectures or sizes."""
+        types = {self.model_type, other.model_type} - {""}
+        if self.shape != other.shape or len(types) > 1:
             raise ValueError(
-                f"cannot {doing} vectors of {self.model} ({_sizes(self.shape)}) and of "
-                f"{other.model} ({_sizes(other.shape)}): they belong to different models"
+                f"cannot {doing} vectors of {self.model} ({_said(self.model_type, self.shape)}) "
+                f"and of {other.model} ({_said(other.model_type, other.shape)}): they belong to "
+                "different models"
             )
 
 
@@ -106,9 +113,17 @@ def _sizes_of(model: HookedModel) -> tuple[int, int, int, int, int]:
     return model.n_layers, model.d_model, heads, n_kv, width
 
 
-def _sizes(shape: tuple[int, ...]) -> str:
+def _type_of(model: HookedModel) -> str:
+    """Of the text model, so that a language model taken out of a multimodal one is the same."""
+    return model.model.config.get_text_config().model_type  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
+def _said(model_type: str, shape: tuple[int, ...]) -> str:
     layers, width, heads, n_kv, head = shape
-    return f"{layers} layers, width {width}, {heads} heads of {head}, {n_kv} key-value heads"
+    return (
+        f"{model_type or 'architecture unknown'}, {layers} layers, width {width}, {heads} heads "
+        f"of {head}, {n_kv} key-value heads"
+    )
 
 
 def write(
@@ -160,6 +175,7 @@ def read(path: Path | str, kind: str) -> tuple[Origin, dict[str, Tensor], dict[s
         )
     if version != str(FORMAT):
         raise ValueError(f"{path} has format {version}, this version reads {FORMAT}")
+    metadata.setdefault("model_type", "")  # the first files of this format do not have it
     try:
         values = {}
         for field in dataclasses.fields(Origin):

@@ -18,7 +18,7 @@ from probes.model import HookedModel
 from probes.results import check_finite
 from steering.lofit import Head, HeadTuning, all_heads, fit_offsets
 from steering.offsets import HeadOffsets
-from steering.preferences import Preference
+from steering.preferences import Preference, apart
 from steering.replay import CACHE_LIMIT
 from steering.tuning import Task, Training, TrainingCurve, curve_fields, record_of, train
 
@@ -115,6 +115,25 @@ class LoraTuning:
         files.write_json(folder / "adapter_config.json", described)
         return folder
 
+    @classmethod
+    def load(cls, folder: Path | str) -> "LoraTuning":
+        """Read what `save` wrote."""
+        import json
+
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        curve = TrainingCurve.load(folder)
+        said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return cls(
+            load_file(folder / "adapter_model.safetensors"),
+            said["r"],
+            said["lora_alpha"],
+            said["lora_dropout"],
+            tuple(said["target_modules"]),
+            curve,
+        )
+
     def __str__(self) -> str:
         return f"LoRA of rank {self.rank} on {', '.join(self.targets)}: {self.curve}"
 
@@ -137,6 +156,7 @@ def fit_lora(
     training only. `Training.noise` is not used: peft starts B at 0 and draws A.
     """
     training = training or Training(lr=1e-3)
+    apart(examples, validation or ())
     with _adapted(model, rank, alpha, dropout, targets, training.seed) as peft:
         parameters = [p for p in peft.parameters() if p.requires_grad]
         peft.eval()  # the reference and the check of the replay are those of the unmodified model

@@ -3,7 +3,7 @@ a rate of benign refusals, solved on validation prompts and reported on held-out
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -119,6 +119,19 @@ class SolvedStrength(Result):
     """Every strength tried, in order."""
     values: Float[Tensor, " tried"]
 
+    def steering(
+        self, what: SteeringVector | HeadOffsets, condition: Condition | None = None
+    ) -> Steering:
+        """What was solved, ready to apply, under its schedule; give the vector (and condition) it
+        was solved for, which are not kept here."""
+        said = self.record.settings
+        if (str(what), repr(condition)) != (self.what, said["condition"]):
+            raise ValueError(
+                f"this strength is that of {self.what} with condition {said['condition']}, given "
+                f"are {what} and {condition!r}: give the same, or solve again"
+            )
+        return Steering(what, self.strength, self.unit, Schedule(**said["schedule"]), condition)
+
     def frame(self) -> "pd.DataFrame":
         """One row for each strength tried, in order, with the cost on the validation prompts."""
         import pandas as pd
@@ -229,7 +242,10 @@ def solve_strength(
     decide = _cost(kind, model, prompts, tokens)
     solved = solve(lambda s: decide(steered(s), None).value, budget, grid, rtol=rtol)
     report = _cost(kind, model, held_out, tokens)(steered(solved.strength), seed)
-    settings = {"prompts": len(prompts), "held out": len(held_out), "tokens": tokens, "rtol": rtol}
+    settings = {
+        "prompts": len(prompts), "held out": len(held_out), "tokens": tokens, "rtol": rtol,
+        "schedule": asdict(schedule), "condition": repr(condition),
+    }  # fmt: skip
     return SolvedStrength(
         kind=kind,
         budget=budget,

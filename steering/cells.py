@@ -21,6 +21,7 @@ from torch import Tensor
 
 from probes import files
 from probes.model import HookedModel
+from probes.results import versions
 from steering.applied import Steering
 from steering.vector import SteeringVector
 
@@ -68,20 +69,31 @@ class Cells:
 
 
 def key_of(model: HookedModel, what: Steering | None, measure: str) -> str:
-    """Name of the measurement: model, template, engine, what is applied and the measure's key."""
+    """Name of the measurement: model, template, engine, package versions, what is applied and the
+    measure's key. Versions, because another release may compute other numbers by the same code."""
     steering = None if what is None or what.strength == 0 else _steering(what)
     said = [
-        FORMAT, model.fingerprint, model.engine.name, str(model.dtype), model.template.hash,
-        steering, measure,
+        FORMAT, _versions(), model.fingerprint, model.engine.name, str(model.dtype),
+        model.template.hash, steering, measure,
     ]  # fmt: skip
     return _hash(said)
+
+
+def refuse_edits(model: HookedModel, doing: str) -> None:
+    """What is kept under the unsteered model's name must be the unsteered model's."""
+    if model.engine.edited:
+        raise ValueError(
+            f"edits are in force on {model.name}, and {doing} takes it for the unsteered model: "
+            "leave `with steer(...)` or `with model.edit(...)` first"
+        )
 
 
 def measure_key(measure: Callable[..., Any]) -> str:
     """Hash of a measure: its code, what it closes over and the arguments put in with `partial`.
 
-    What a function reads from its module, and what decorators add, is not seen. An object that cannot be told from others
-    by its content needs an attribute `key`, a text that changes when the object does.
+    What a function reads from its module, and what decorators add, is not seen. An object that
+    cannot be told from others by its content needs an attribute `key`, a text that changes when
+    the object does.
     """
     return _hash(_described(measure, "measure"))
 
@@ -145,6 +157,11 @@ def _code(code: types.CodeType) -> Any:
 def _hash(said: Any) -> str:
     text = json.dumps(said, sort_keys=True, allow_nan=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache  # read from disk, and asked for with every key
+def _versions() -> dict[str, str]:
+    return versions()
 
 
 def _alive(process: str) -> bool:

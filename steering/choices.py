@@ -15,12 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes import figures, plan, scores
-from probes.model import HookedModel
+from probes.model import HookedModel, Steers
 from probes.prompts import NO_TEMPLATE, Rendered, Template, pad_id_of, prompts_hash
 from probes.results import Record, Result
 from probes.scores import Interval
 from probes.sites import Site
 from steering.applied import Steering
+from steering.effects import Row, token_logprobs
 from steering.offsets import HeadOffsets
 from steering.questions import Question
 from steering.replay import ERROR, Pass
@@ -128,7 +129,7 @@ def score_choices(
     primer: str = "",
     asked: str = "Q: {}\nA:",
     answered: str = " {}",
-    steer: HeadOffsets | SteeringVector | Steering | None = None,
+    steer: Steers | None = None,
     share: bool = True,
     batch_tokens: int = 1024,
 ) -> ChoiceScores:
@@ -175,32 +176,40 @@ def score_choices(
     )
 
 
+def multiple_choice(
+    model: HookedModel,
+    what: Steers | None,
+    questions: Sequence[Question],
+    *,
+    measure: str = "mc1",
+    primer: str = "",
+    asked: str = "Q: {}\nA:",
+    answered: str = " {}",
+) -> Float[Tensor, " question"]:
+    """MC1 (1 right, 0 wrong) or MC2 (0 to 1) of each question, as a measure (`steering.effects`)."""
+    found = score_choices(
+        model, questions, primer=primer, asked=asked, answered=answered, steer=what
+    )
+    return found.values(measure)
+
+
 def _plain_text(model: HookedModel) -> Template:
     """The model's tokenizer with plain text instead of a chat template."""
     return replace(model.template, source=NO_TEMPLATE, arguments={})
 
 
-def _even(steer: HeadOffsets | SteeringVector | Steering | None) -> bool:
-    """Whether it does the same at every token, so that a shared beginning is edited as it would
-    be in each prompt."""
+def _even(steer: Steers | None) -> bool:
+    """Whether it surely does the same at every token, so that a shared beginning is edited as it
+    would be in each prompt."""
     if isinstance(steer, Steering):
         return steer.schedule == ALWAYS and steer.condition is None
-    return True
+    return steer is None or isinstance(steer, HeadOffsets | SteeringVector)
 
 
 def _whole(model: HookedModel, rendered: Sequence[Rendered]) -> Float[Tensor, " answer"]:
     """Every answer behind its whole prompt, with any engine."""
-    found = torch.zeros(len(rendered), dtype=torch.float64)
-    order = sorted(range(len(rendered)), key=lambda i: len(rendered[i].ids))
-    for start in range(0, len(order), 16):
-        chunk = order[start : start + 16]
-        logits = model.engine.logits(model.batch([rendered[i] for i in chunk], "right"))
-        for i, row in zip(chunk, logits, strict=True):
-            r = rendered[i]
-            steps = row[r.n_prompt - 1 : len(r.ids) - 1].double().log_softmax(-1)
-            answer = torch.tensor(r.ids[r.n_prompt :], device=steps.device)
-            found[i] = steps.gather(1, answer[:, None]).sum().cpu()
-    return found
+    found = token_logprobs(model, [Row(r.ids, r.n_prompt) for r in rendered])
+    return torch.stack([each.sum() for each in found])
 
 
 @torch.no_grad()

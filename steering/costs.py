@@ -17,16 +17,18 @@ from torch import Tensor
 from probes import datasets
 from probes.model import HookedModel, Steers
 from probes.prompts import Prompt
+from steering.cells import refuse_edits
+from steering.choices import multiple_choice
 from steering.effects import (
     Row,
     answer_logits,
     applied,
     batches,
-    choices,
     refusals,
     text_rows,
     token_logprobs,
 )
+from steering.questions import Question
 
 TOKENS = 32
 """Tokens of the unsteered answers over which the KL divergence is averaged."""
@@ -54,7 +56,11 @@ class Reference:
         *,
         keep: bool | None = None,
     ) -> "Reference":
-        """Answer the prompts; `keep=None` keeps the logits if they take less than 1 GiB."""
+        """Answer the prompts; `keep=None` keeps the logits if they take less than 1 GiB.
+
+        Refused while edits are in force, for the answers would be those of the steered model.
+        """
+        refuse_edits(model, "Reference.of")
         rendered = model.template.render_all(prompts)
         answers = model.generate_ids(prompts, tokens)
         rows = tuple(
@@ -168,8 +174,14 @@ def repeated(ids: Sequence[int], n: int = 4) -> float:
 def mistakes(
     model: HookedModel, what: Steers | None, items: Sequence[Mapping[str, Any]] | None = None
 ) -> Float[Tensor, " item"]:
-    """1 where a four-choice question is answered wrongly (`effects.choices`): 1 - accuracy.
+    """1 where a question with `choices` and the index of the right one as `answer` is answered
+    wrongly: 1 - accuracy, asked as `Question: ...` and `Answer:` without a template.
 
     Default: the 200 shipped questions, of which SmolLM2-135M-Instruct fails about a quarter.
     """
-    return 1 - choices(model, what, datasets.choices() if items is None else items)
+    questions = []
+    for item in datasets.choices() if items is None else items:
+        right = item["choices"][item["answer"]]
+        wrong = (c for i, c in enumerate(item["choices"]) if i != item["answer"])
+        questions.append(Question(item["question"], (right,), tuple(wrong), right))
+    return 1 - multiple_choice(model, what, questions, asked="Question: {}\nAnswer:")

@@ -1,14 +1,13 @@
-"""What steering does: refusals, odds, log-probabilities and choices, one value a prompt.
+"""What steering does: refusals, odds and log-probabilities, one value a prompt.
 
 A *measure* is any function of the model and of what is applied to it (None: nothing) that gives
 one number a prompt, so that two runs can be compared prompt by prompt. The functions here become
 measures when their prompts are put in: `partial(refusals, prompts=prompts)`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -79,29 +78,6 @@ def answer_logprobs(
     rows = [Row(r.ids, r.n_prompt) for r in rendered]
     with applied(model, what):
         return torch.stack([found.sum() for found in token_logprobs(model, rows)])
-
-
-def choices(
-    model: HookedModel, what: Steers | None, items: Sequence[Mapping[str, Any]]
-) -> Float[Tensor, " item"]:
-    """1 where the right choice has the largest summed log-probability, else 0; chance is 1 in n.
-
-    An item has `question`, `choices` and the index of the right one as `answer`
-    (`probes.datasets.choices`). It is asked as `Question: ...` and `Answer:` without a template.
-    """
-    if not items:
-        raise ValueError("there are no items: give at least one question with its choices")
-    plain = _plain(model)
-    rows = []
-    for item in items:
-        for choice in item["choices"]:
-            r = plain.render(f"Question: {item['question']}\nAnswer:", f" {choice}")
-            rows.append(Row(r.ids, r.n_prompt))
-    with applied(model, what):
-        sums = torch.stack([found.sum() for found in token_logprobs(model, rows)])
-    parts = sums.split([len(item["choices"]) for item in items])
-    right = [int(p.argmax()) == item["answer"] for p, item in zip(parts, items, strict=True)]
-    return torch.tensor(right).double()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ class Grid:
     def __post_init__(self) -> None:
         if not self.vectors:
             raise ValueError("there is nothing to sweep: give at least one vector")
+        if not self._cells():
+            raise ValueError(
+                f"no setting is left to sweep: sites {self.sites}, operations {self.operations}, "
+                f"strengths {self.strengths}; give one of each at least"
+            )
         if len(set(self._cells())) < len(self._cells()):
             raise ValueError("a setting of the sweep is named twice: leave doubles out")
 

@@ -23,15 +23,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+ENOUGH = 200
+"""Permutations without which nothing is claimed."""
+
+
 @dataclass(frozen=True)
 class HeadRanking(Result):
-    """Held-out accuracy of a probe at every query head; 0.5 is chance where classes are even.
+    """Held-out balanced accuracy of a probe at every query head; 0.5 is chance.
 
     NaN: the layer has no heads, or the head gives the same output to every prompt.
     """
 
     accuracy: Float[Tensor, "layer head"]
-    """Share of rows on their own side, each scored by the probe that did not see its topic."""
+    """Share of rows on their own side, the mean over both classes, each row scored by the probe
+    that did not see its topic."""
     low: Float[Tensor, "layer head"]
     """95 % limits, BCa bootstrap over topics."""
     high: Float[Tensor, "layer head"]
@@ -100,8 +105,8 @@ class HeadRanking(Result):
 
     @property
     def claimed(self) -> Bool[Tensor, "layer head"]:
-        """Heads whose interval excludes the null of the best head."""
-        return self.low > self.null_best
+        """Heads whose interval excludes the null of the best head; none below 200 permutations."""
+        return (self.low > self.null_best) & (len(self.null) >= ENOUGH)
 
     def offsets(self, model: HookedModel, n_heads: int = 48) -> HeadOffsets:
         """The unit directions of the best heads with their sigmas, to be applied in sigmas.
@@ -165,7 +170,9 @@ class HeadRanking(Result):
                 aspect="auto",
             )
             ax.grid(visible=False)
-            ax.figure.colorbar(image, ax=ax, label="accuracy (held-out topics), 0.5 is chance")
+            ax.figure.colorbar(
+                image, ax=ax, label="balanced accuracy (held-out topics), 0.5 is chance"
+            )
             if len(self.null):
                 layers, heads = self.claimed.nonzero().T.numpy()
                 ax.plot(
@@ -191,7 +198,7 @@ class HeadRanking(Result):
 def shares(
     right: Float[Tensor, "example layer head"], topics: Sequence[str], seed: int
 ) -> Intervals:
-    """Shares of right rows with BCa limits over topics; NaN at heads that were not scored.
+    """Means of weighted right rows with BCa limits over topics; NaN at heads not scored.
 
     At 0 and 1, where every resample is the same, the limits are Wilson's with topics for trials.
     """
@@ -200,7 +207,7 @@ def shares(
     found = mean_interval(flat[:, known], topics, seed=seed)
     limits = torch.full((3, flat.shape[1]), torch.nan, dtype=torch.float64)
     limits[:, known] = torch.stack(list(found))
-    for i in ((limits[0] == 0) | (limits[0] == 1)).nonzero().flatten().tolist():
-        bound = wilson(k if limits[0, i] == 1 else 0, k)
+    for i in ((limits[0] - 0.5).abs() > 0.5 - 1e-9).nonzero().flatten().tolist():
+        bound = wilson(k if limits[0, i] > 0.5 else 0, k)
         limits[1:, i] = torch.tensor([bound.low, bound.high], dtype=torch.float64)
     return Intervals(*limits.reshape(3, *right.shape[1:]))

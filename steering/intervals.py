@@ -51,6 +51,7 @@ def change_interval(
     groups: Sequence[str] | None = None,
     *,
     resamples: int = 2000,
+    rate: bool = False,
     level: float = 0.95,
     seed: int = 0,
 ) -> Intervals:
@@ -58,17 +59,20 @@ def change_interval(
 
     Where every prompt changes by the same whole number, as when all refuse and none did, no
     resample differs and the bootstrap gives a point. There the limits are Newcombe's for two
-    rates, with as many trials as groups: wider than the pairs deserve, never a point. A column
-    equal to `before` because nothing was applied has nothing to be unsure of: give it limits of 0
-    yourself.
+    rates, with as many trials as groups: wider than the pairs deserve, never a point. Values of 0
+    and 1 are a rate where a 1 is among them. All 0, before and after, may as well be a continuous
+    cost that never arose (repetition), whose limits are the point; say `rate` if it is a rate. A
+    column equal to `before` because nothing was applied has nothing to be unsure of: give it
+    limits of 0 yourself.
     """
     change = after.double() - before.double()[:, None]
     found = mean_interval(change, groups, resamples=resamples, level=level, seed=seed)
-    judged = bool(((before == 0) | (before == 1)).all())
     k = len(set(groups)) if groups is not None else len(before)
     for c in range(change.shape[1]):
         column, own = change[:, c], after[:, c]
-        if judged and bool(((own == 0) | (own == 1)).all()) and bool((column == column[0]).all()):
+        both = torch.cat([before, own])
+        judged = bool(((both == 0) | (both == 1)).all()) and (rate or bool(both.any()))
+        if judged and bool((column == column[0]).all()):
             rates = (round(float(x.double().mean()) * k) for x in (own, before))
             was = newcombe(next(rates), k, next(rates), k, level)
             found.low[c] = min(was.low, float(found.value[c]))

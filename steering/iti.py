@@ -83,7 +83,8 @@ def rank_heads(
     all rows) or "random" (isotropic, a control). Rows are read at the last token, that of
     `answers` where these are given (the paper's "Q A"); several tokens a prompt are refused.
     Probes are logistic regressions on standardised features with penalty `1 / C`, fitted on all
-    folds but one and scored on that one; topics never straddle folds.
+    folds but one and scored on that one; topics never straddle folds. Accuracy is balanced (the
+    mean over both classes), so that uneven classes leave chance at 0.5, shuffled or not.
     """
     rows, record = head_rows(
         model, contrast, answers=answers, positions=positions, progress=progress
@@ -151,6 +152,9 @@ def rank_rows(
         [positive[:, None], shuffled(positive, contrast.topics, permutations, generator)], 1
     )
     strata = [f"{s}|{y}" for s, y in zip(contrast.strata or [""] * n, contrast.labels, strict=True)]
+    # a shuffle may change how many rows are positive: both classes weigh one half in each
+    share = targets.double().mean(0)
+    even = torch.where(targets, 0.5 / share, 0.5 / (1 - share))
     parts = folds(contrast.topics, n_folds, strata=strata, seed=seed)
     right = torch.full((n, n_layers, heads), math.nan, dtype=torch.float64)
     loss = torch.full((n_layers, heads), math.nan, dtype=torch.float64)
@@ -168,8 +172,8 @@ def rank_rows(
                 fit = fit_logistic_many(own[fold.train], targets[fold.train], C=C)
                 scores[fold.test] = own[fold.test] @ fit.weight + fit.bias
             hits = (scores > 0) == targets
-            right[:, layer, head] = hits[:, 0].double()
-            null[:, layer, head] = hits[:, 1:].float().mean(0)
+            right[:, layer, head] = hits[:, 0] * even[:, 0]
+            null[:, layer, head] = (hits * even).mean(0)[1:]
             sign = 1 - 2 * positive.double()
             loss[layer, head] = torch.nn.functional.softplus(sign * scores[:, 0]).mean()
             along = _along(own, positive, direction, C, generator)

@@ -10,7 +10,6 @@ step v  `z <- z + v` for the chosen heads, task loss alone
 The result is a `HeadOffsets`: what ITI gives too, and what folds into a bias of the projection.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,17 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from probes import figures
+from probes.engines.modes import frozen_weights
 from probes.model import HookedModel
+from probes.results import check_finite
 from probes.sites import Site
 from steering.artefact import Origin
 from steering.head_parameters import Head, HeadParameters, all_heads
+from steering.head_selection import HeadSelection
 from steering.offsets import HeadOffsets
-from steering.preferences import Preference
-from steering.replay import CACHE_LIMIT, frozen
+from steering.preferences import Preference, apart
+from steering.replay import CACHE_LIMIT
 from steering.tuning import Task, Training, TrainingCurve, curve_fields, record_of, train
 
 if TYPE_CHECKING:
@@ -36,65 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class HeadSelection(TrainingCurve):
-    """The outcome of step A: how far the scaling of each head was learned away from 1."""
-
-    norms: Float[Tensor, "layer head"]
-    """2-norm of each head's A; NaN where a layer has no such head or was left out."""
-
-    @property
-    def ranked(self) -> tuple[Head, ...]:
-        """All heads by falling norm; equal norms by layer, then head."""
-        found = [
-            (layer, head)
-            for layer, row in enumerate(self.norms.tolist())
-            for head, norm in enumerate(row)
-            if not math.isnan(norm)
-        ]
-        return tuple(sorted(found, key=lambda at: (-float(self.norms[at]), *at)))
-
-    def top(self, k: int) -> tuple[Head, ...]:
-        """The `k` heads of largest norm; more than there are gives all, with a warning."""
-        if k < 1:
-            raise ValueError(f"{k} heads were asked for: ask for 1 or more")
-        if k > len(self.ranked):
-            warnings.warn(
-                f"{k} heads were asked for and {len(self.ranked)} are ranked: all are taken",
-                stacklevel=2,
-            )
-        return self.ranked[:k]
-
-    @property
-    def concentration(self) -> float:
-        """Share of the sum of squared norms in the top tenth of the heads; 0.1 when all are equal."""
-        squares = self.norms[~self.norms.isnan()].double().square().sort(descending=True).values
-        return float(squares[: max(1, len(squares) // 10)].sum() / squares.sum())
-
-    def frame(self) -> "pd.DataFrame":
-        """One row a head: rank, layer, head, norm."""
-        import pandas as pd
-
-        rows = [
-            {"rank": i, "layer": layer, "head": head, "norm": float(self.norms[layer, head])}
-            for i, (layer, head) in enumerate(self.ranked, 1)
-        ]
-        return pd.DataFrame(rows)
-
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Norm of each head's scaling, layers upwards, heads to the right; blank: left out."""
-        ax = figures.axes(ax)
-        with figures.theme():
-            image = ax.imshow(self.norms.numpy(), origin="lower", aspect="auto", cmap="viridis")
-            ax.set(xlabel="head", ylabel="layer", title="heads by the norm of their scaling")
-            ax.grid(visible=False)
-            ax.locator_params(integer=True)
-            ax.figure.colorbar(image, ax=ax, label="norm of A (no unit)")
-        return ax
-
-    def __str__(self) -> str:
-        first = ", ".join(f"{layer}.{head}" for layer, head in self.ranked[:4])
-        return f"{len(self.ranked)} heads ranked by the norm of their scaling: {first}, ..."
+EVEN = 1.2
+"""Largest norm over smallest below which heads are not told apart."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +58,17 @@ class HeadTuning:
         return cls(
             HeadOffsets.load(Path(folder) / "offsets.safetensors"), TrainingCurve.load(folder)
         )
+
+    def frame(self) -> "pd.DataFrame":
+        """One row a head: its offset's norm."""
+        return self.offsets.frame()
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Norms of the offsets by layer and head; the losses are in `curve.plot`."""
+        return self.offsets.plot(ax)
+
+    def _repr_html_(self) -> str:
+        return self.offsets._repr_html_()
 
     def __str__(self) -> str:
         return f"{self.offsets}; {self.curve}"
@@ -147,6 +100,21 @@ class LoFiT:
             HeadTuning.load(Path(folder) / "tuning"),
         )
 
+    def frame(self) -> "pd.DataFrame":
+        """One row a head of step A: rank, layer, head, norm of its scaling, whether it is used."""
+        table = self.selection.frame()
+        used = [
+            pair in self.offsets.heads for pair in zip(table["layer"], table["head"], strict=True)
+        ]
+        return table.assign(used=used)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """The heads by step A; the losses are in `tuning.curve.plot`."""
+        return self.selection.plot(ax)
+
+    def _repr_html_(self) -> str:
+        return self.tuning._repr_html_()
+
     def __str__(self) -> str:
         return f"LoFiT: {self.tuning}"
 
@@ -170,13 +138,17 @@ def select_heads(
     training = training or Training(lr=5e-3)
     if l1 < 0:
         raise ValueError(f"the L1 factor is {l1}: give 0 or more")
-    heads = [at for at in all_heads(model.layout) if layers is None or at[0] in layers]
-    if not heads:
-        raise ValueError(
-            f"none of the layers {list(layers or [])} of {model.name} has attention heads: give "
-            f"some of {model.layout.supported('head_out')}"
-        )
-    with frozen(model.model):
+    heads = list(all_heads(model.layout))
+    if layers is not None:
+        wanted = {Site(layer, "head_out").resolve(model.n_layers).layer for layer in layers}
+        without = wanted - {layer for layer, _ in heads}
+        if without or not wanted:
+            raise ValueError(
+                f"layers {sorted(without) or list(layers)} of {model.name} have no attention heads: give "
+                f"some of {model.layout.supported('head_out')}"
+            )
+        heads = [at for at in heads if at[0] in wanted]
+    with frozen_weights(model.model):
         task = Task(model, examples, training, min(heads)[0], cache_limit)
         A = HeadParameters(model, heads, training.noise, training.seed)
         begun = max(A.norms().values())
@@ -185,14 +157,18 @@ def select_heads(
                 A.parameters, task, training, penalty=lambda: l1 * A.size(), progress=progress
             )
     found = A.norms()
+    check_finite(torch.tensor(list(found.values())), "the learned scaling of the heads")
     norms = torch.full((model.n_layers, 1 + max(head for _, head in heads)), torch.nan)
     for at, norm in found.items():
         norms[at] = norm
     fields = curve_fields(trained, A.parameters, task)
-    if l1 and max(found.values()) <= begun:
+    low, high = min(found.values()), max(found.values())
+    # in a few steps a strong penalty moves all numbers by the learning rate, each to its other side
+    if l1 and (high <= begun or high < EVEN * low):
         note = (
-            f"the L1 penalty of {l1:g} held every head's scaling at its starting noise, so the "
-            "ranking is noise: use a smaller l1"
+            f"the L1 penalty of {l1:g} left the scaling of all heads alike (norms {low:.2g} to "
+            f"{high:.2g}, {begun:.2g} at most before), so the ranking is noise: use a smaller l1, "
+            "or more steps"
         )
         warnings.warn(note, stacklevel=2)
         fields["notes"] = (*fields["notes"], note)
@@ -218,10 +194,11 @@ def fit_offsets(
     nothing of the model changes.
     """
     training = training or Training()
+    apart(examples, validation or ())
     heads = _checked(model, heads)
     origin = Origin.of(model, estimator=estimator, positions="all")
     first = min(heads)[0]
-    with frozen(model.model):
+    with frozen_weights(model.model):
         task = Task(model, examples, training, first, cache_limit)
         held = None
         if validation is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from probes import splits
@@ -18,7 +19,7 @@ from probes.model import HookedModel
 from probes.positions import Positions
 from probes.sites import Sites
 from steering.artefact import Origin
-from steering.recipes import Recipe, classes, fit, read
+from steering.recipes import Recipe, classes, fit, one_each, read
 from steering.vector import SteeringVector
 
 
@@ -42,6 +43,7 @@ def random_vectors(
     """
     if n < 1:
         raise ValueError(f"{n} random vectors were asked: ask for 20, at least 1")
+    one_each(activations)
     if topics is not None and len(topics) != len(activations):
         raise ValueError(
             f"{len(topics)} topics for activations of {len(activations)} prompts: give one of each"
@@ -67,7 +69,7 @@ def random_vectors(
         for site, v in vector.vectors.items():
             rows = v.reshape(-1, v.shape[-1]).double()
             if halves:
-                x = _one_each(activations, site).double()
+                x = activations[site].double()
                 new = torch.stack([x[h].mean(0) - x[~h].mean(0) for h in parts[: len(rows)]])
             else:
                 new = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
@@ -91,19 +93,21 @@ def shuffled_vectors(
     answers: Sequence[str] | None = None,
     activations: Activations | None = None,
 ) -> list[SteeringVector]:
-    """The recipe repeated with labels that carry nothing (`probes.splits.shuffled`).
+    """The recipe repeated with labels that carry nothing of the concept.
 
-    Twins exchange their labels as a pair, by a coin; topics of one class exchange theirs among
-    themselves. The other arguments are those of `train_vector`. The vectors keep their own norms,
-    which chance makes smaller than the true one.
+    Of the twin topics a random half exchanges its labels, each pair as a whole; topics of one class
+    exchange theirs so that either class keeps its share of the other (`_balanced`). The other
+    arguments are those of `train_vector`. A vector keeps its own norm, a fraction of the true one:
+    for k topics about 1/sqrt(k) of the spread of single differences. Brought to the true norm
+    (as a sweep does) what little it holds is amplified with it, so draw as many as of any null.
     """
     if n < 1:
         raise ValueError(f"{n} shuffles were asked: ask for 20, at least 1")
     acts = read(model, contrast, sites, positions, answers, activations)
     generator = torch.Generator().manual_seed(seed)
-    labels = splits.shuffled(contrast.positive, contrast.topics, n, generator)
     made = []
-    for i, column in enumerate(labels.T):
+    for i in range(n):
+        column = _balanced(contrast, generator)
         high, low, paired = classes(column, contrast.topics)
         said = f"shuffled labels (seed {seed}, number {i}) "
         origin = Origin.of(model, estimator=said, positions=acts.positions)
@@ -111,11 +115,29 @@ def shuffled_vectors(
     return made
 
 
-def _one_each(activations: Activations, site: object) -> Tensor:
-    x = activations[site]  # pyright: ignore[reportArgumentType]
-    if x.ndim != 2:
+def _balanced(contrast: Contrast, generator: torch.Generator) -> Bool[Tensor, " prompt"]:
+    """Labels that share nothing with the true ones, up to a topic where numbers are odd.
+
+    `probes.splits.shuffled` throws a coin for each topic, as a permutation test must. But k coins
+    leave about 1/sqrt(k) of the mean difference, as long as the rest of such a vector where a
+    concept is wide: at the true norm many would be the true vector, or its opposite.
+    """
+    numbers, known = splits.codes(contrast.topics)
+    if len(known) < 4:
         raise ValueError(
-            f"activations at position {activations.positions!r} hold several tokens of a prompt: "
-            f"capture 'mean:{activations.positions}', or the one token the vector was made from"
+            f"labels of {len(known)} topics cannot be shuffled: any exchange gives the true "
+            "vector, or what chance left of it; give 4 topics or more"
         )
-    return x
+    labels = contrast.positive
+    share = torch.zeros(len(known)).scatter_reduce(
+        0, numbers, labels.float(), "mean", include_self=False
+    )
+    kinds = [(share > 0) & (share < 1), share == 1, share == 0]
+    twins, high, low = (kind.nonzero().flatten() for kind in kinds)
+    either = float(torch.rand(1, generator=generator))  # up or down, so that many have no sign
+    half = int(len(twins) / 2 + either)
+    exchanged = int(len(high) * len(low) / max(len(high) + len(low), 1) + either)
+    turned = torch.zeros(len(known), dtype=torch.bool)
+    for group, n in ((twins, half), (high, exchanged), (low, exchanged)):
+        turned[group[torch.randperm(len(group), generator=generator)[:n]]] = True
+    return labels ^ turned[numbers]

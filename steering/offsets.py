@@ -91,6 +91,19 @@ class HeadOffsets:
                 rows[head] = vector * multiplier(unit, vector, scale, site)
         return rows
 
+    def randomised(self, n: int = 20, seed: int = 0) -> "list[HeadOffsets]":
+        """`n` offsets at the same heads with the same norms and scales, in isotropic directions."""
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for i in range(n):
+            drawn = {}
+            for key, vector in self.vectors.items():
+                new = torch.randn(vector.shape, generator=generator, dtype=torch.float64)
+                drawn[key] = (new * vector.double().norm() / new.norm()).to(vector.dtype)
+            origin = replace(self.origin, estimator=f"random (seed {seed}, number {i})")
+            made.append(replace(self, vectors=drawn, origin=origin))
+        return made
+
     def __mul__(self, factor: float) -> "HeadOffsets":
         return replace(self, vectors={key: v * factor for key, v in self.vectors.items()})
 

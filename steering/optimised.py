@@ -125,7 +125,8 @@ def optimise_vector(
     with the schedule in force, the second at the first answer token of `neutral` prompts; both are
     means over prompts, in nats. With `max_norm` (unit of the activations) the vector is brought
     back to that norm after each step. One of the two limits is needed: without it the vector grows
-    until nothing of the prompt is left. Adam from the zero vector; `rate` is the length of a first
+    until nothing of the prompt is left; under a schedule of generated tokens only `max_norm` is one,
+    because the first answer token is predicted from the prompt. Adam from the zero vector; `rate` is the length of a first
     step as a share of `max_norm`, or of the site's mean norm. It ends when `patience` steps have
     not lowered the best loss by `tolerance` nats. Deterministic; plain transformers engine only.
     """
@@ -139,7 +140,7 @@ def optimise_vector(
     (place,) = model.sites([place])
     if place.part in HEADED and place.head is None:
         raise ValueError(f"{place} has several heads: name one, for example {place}.0")
-    _check(max_norm, kl_weight, neutral, steps, patience)
+    _check(max_norm, kl_weight, neutral, schedule, steps, patience)
     answers = [targets] * len(prompts) if isinstance(targets, str) else list(targets)
     rendered = model.template.render_all(prompts, answers)
     if any(len(r.ids) == r.n_prompt for r in rendered):
@@ -238,7 +239,12 @@ def _aside(engine: HookEngine, batch: Batch, base: Tensor, weight: float, n: int
 
 
 def _check(
-    max_norm: float | None, kl_weight: float, neutral: Sequence[Prompt], steps: int, patience: int
+    max_norm: float | None,
+    kl_weight: float,
+    neutral: Sequence[Prompt],
+    schedule: Schedule,
+    steps: int,
+    patience: int,
 ) -> None:
     if max_norm is None and not kl_weight:
         raise ValueError(
@@ -249,5 +255,11 @@ def _check(
         raise ValueError(f"max_norm {max_norm} and kl_weight {kl_weight}: give numbers above 0")
     if kl_weight and not neutral:
         raise ValueError("kl_weight needs `neutral` prompts, on which nothing should change")
+    if kl_weight and schedule.scope == "generated":
+        raise ValueError(
+            f"kl_weight {kl_weight:g} with a schedule of generated tokens: the KL is read before "
+            "the first of them, where such a vector changes nothing; give max_norm instead, or a "
+            "schedule that acts on the prompt"
+        )
     if steps < 1 or patience < 1:
         raise ValueError(f"{steps} steps with patience {patience}: give at least 1 of each")

@@ -26,6 +26,7 @@ from probes import figures
 from probes.model import HookedModel
 from probes.results import Result
 from probes.scores import Interval
+from probes.splits import codes
 from steering.alphas import AlphaSearch, search_alpha
 from steering.applied import Steering
 from steering.artefact import Origin
@@ -119,8 +120,11 @@ class Alignment(Result):
         return float(moved.quantile(0.05)) if len(moved) else float("nan")
 
     @property
-    def claimed(self) -> bool:
-        """Whether the interval of the change lies below the null's 5th percentile (and 0)."""
+    def claimed(self) -> bool | None:
+        """Whether the interval of the change lies below the 5th percentile of at least 20 random
+        directions (and 0); None where fewer were tried."""
+        if len(self.null) < 20:
+            return None
         return self.change.high < min(self.null_5, 0.0)
 
     def offsets(self, model: HookedModel) -> HeadOffsets:
@@ -135,7 +139,8 @@ class Alignment(Result):
         change = self.change
         chance = "not compared with random directions"
         if len(self.null):
-            claim = "an effect" if self.claimed else "no effect claimed"
+            few = "too few for a claim"
+            claim = few if self.claimed is None else "an effect" if self.claimed else "no effect"
             chance = f"random directions 5 % {self.null_5:+.2f}: {claim}"
         levels = ", ".join(f"{trait} {level:g}" for trait, level in sorted(self.persona.items()))
         return (
@@ -237,7 +242,7 @@ def align(
     plain, steered = (answered("test", unit, alpha) for alpha in (0.0, search.best))
     chance = [
         errors(answered("test", along, search.best), test, persona)
-        for along in _random_units(rows, chosen, nulls if search.best else 0, seed)
+        for along in _random_units(rows, chosen, contrast.topics, nulls if search.best else 0, seed)
     ]
     return Alignment(
         persona=dict(persona),
@@ -275,17 +280,20 @@ def _offsets(
 def _random_units(
     rows: Mapping[int, Float[Tensor, "example head head_dim"]],
     heads: Int[Tensor, "chosen 2"],
+    topics: Sequence[str],
     n: int,
     seed: int,
 ) -> Iterator[Float[Tensor, "chosen head_dim"]]:
     """Unit directions for the chosen heads that know nothing of the persona; half are differences
-    of means between random halves of the rows, the same halves at all heads."""
+    of means between random halves of the topics, so that both halves hold the persona alike; the
+    same halves at all heads."""
+    numbers, known = codes(topics)
     generator = torch.Generator().manual_seed(seed)
     own = torch.stack([rows[int(layer)][:, int(head)] for layer, head in heads]).double().cpu()
     for i in range(n):
         if i < (n + 1) // 2:
             raw = torch.randn(own.shape[0], own.shape[2], generator=generator, dtype=own.dtype)
         else:
-            half = torch.randperm(own.shape[1], generator=generator) < own.shape[1] // 2
+            half = (torch.randperm(len(known), generator=generator) < len(known) // 2)[numbers]
             raw = own[:, half].mean(1) - own[:, ~half].mean(1)
         yield (raw / raw.norm(dim=1, keepdim=True)).float()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from probes.model import HookedModel
 from steering.applied import Steering
-from steering.cells import Cells, key_of, measure_key
+from steering.cells import Cells, key_of, measure_key, refuse_edits
 from steering.effects import Measure
 from steering.grid import Grid
 
@@ -30,6 +30,7 @@ class Plan(NamedTuple):
         null_costs: bool,
         resumable: bool,
     ) -> "Plan":
+        refuse_edits(model, "a sweep")
         if not effects:
             raise ValueError("no effect was given: name at least one measure of what should change")
         if both := set(effects) & set(costs):

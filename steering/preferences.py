@@ -5,7 +5,7 @@ are those after `Rendered.n_prompt` and no template has to be searched for.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,7 @@ class Preference:
     chosen: str
     rejected: str | None = None
     topic: str = ""
-    """Examples of one topic never straddle a split."""
+    """Examples of one topic may not stand in training and validation both (`apart`)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,16 @@ class Answers:
     reference_chosen: Float[Tensor, " example"] | None = None
     """The same under the unmodified model; constant."""
     reference_rejected: Float[Tensor, " example"] | None = None
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers of several batches as one batch."""
+
+    def all_of(name: str) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else torch.cat(found)
+
+    return Answers(*(all_of(field.name) for field in fields(Answers)))  # pyright: ignore
 
 
 Loss = Callable[[Answers], Float[Tensor, ""]]
@@ -73,6 +83,21 @@ class DPO:
             raise ValueError("DPO needs a rejected answer in every example: give one, or use SFT")
         margin = (answers.chosen - c) - (answers.rejected - r)
         return -torch.nn.functional.logsigmoid(self.beta * margin).mean()
+
+
+def apart(examples: Sequence[Preference], validation: Sequence[Preference]) -> None:
+    """Refuse a topic, or an example, that is in training and validation both."""
+    topics = {e.topic for e in examples} & {e.topic for e in validation} - {""}
+    if topics:
+        raise ValueError(
+            f"the topic {min(topics)!r} is in training and validation: give each topic to one"
+        )
+    seen = {(str(e.prompt), e.chosen) for e in examples}
+    if both := [e for e in validation if (str(e.prompt), e.chosen) in seen]:
+        raise ValueError(
+            f"the example {str(both[0].prompt)[:40]!r} is in training and validation: hold others "
+            "back"
+        )
 
 
 def encode(

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from probes import splits
@@ -27,6 +27,8 @@ from probes.prompts import Prompt
 from probes.sites import HEADED, READ_ONLY, Site, Sites, Unsupported
 from steering import ops
 from steering.artefact import Origin
+from steering.axes import axes_of_pairs
+from steering.axes import mean_and_axes as mean_and_axes
 from steering.edits import Scale
 from steering.vector import SteeringVector
 
@@ -77,8 +79,9 @@ def train_subspace(
 ) -> SteeringVector:
     """Orthonormal rows at each site that hold the contrast, for ablation.
 
-    `axes` says which: `axes_of_pairs` (the default), `mean_and_axes`, or your own. On every row
-    the positive class projects higher. Sigma is measured along the first.
+    `axes` says which: `axes_of_pairs` (the default), `mean_and_axes`, or your own. The positive
+    class projects higher on each row along which the class means differ; along the others (all but
+    the first of `mean_and_axes`) the sign means nothing. Sigma is measured along the first.
     """
     acts = read(model, contrast, sites, positions, answers, activations)
     high, low, paired = classes(contrast.positive, contrast.topics)
@@ -102,30 +105,6 @@ def train_subspace(
         positions=acts.positions,
     )
     return measured(SteeringVector(rows, origin, "ablate"), acts, contrast.positive)
-
-
-def axes_of_pairs(
-    positive: Float[Tensor, "pair width"], negative: Float[Tensor, "pair width"], rank: int
-) -> Float[Tensor, "rank width"]:
-    """Principal axes of the paired differences about 0, so that their mean is not removed."""
-    differences = (positive - negative).double()
-    if rank > len(differences):
-        raise ValueError(f"rank {rank} of {len(differences)} pairs: give as many pairs, or more")
-    return torch.linalg.svd(differences, full_matrices=False).Vh[:rank]
-
-
-def mean_and_axes(
-    positive: Float[Tensor, "positive width"],
-    negative: Float[Tensor, "negative width"],
-    rank: int,
-) -> Float[Tensor, "rank width"]:
-    """The difference of means, then the widest axes, across it, along which classes vary inside."""
-    high, low = positive.double(), negative.double()
-    mean = (high.mean(0) - low.mean(0))[None]
-    unit = mean / mean.norm()
-    within = torch.cat([high - high.mean(0), low - low.mean(0)])
-    within = within - (within @ unit.T) @ unit
-    return torch.cat([mean, torch.linalg.svd(within, full_matrices=False).Vh[: rank - 1]])
 
 
 def activation_addition(
@@ -181,7 +160,7 @@ def measured(
     Sigma is the standard deviation of projections on the unit (of a subspace: of its first row),
     pooled inside the classes if `positive` names them; the norm is the mean over rows.
     """
-    _one_each(activations)
+    one_each(activations)
     scales = {}
     for site in vector.sites:
         x = activations[site].double()
@@ -219,7 +198,7 @@ def read(
             f"activations of {len(activations)} prompts for a contrast of {len(contrast)}: capture "
             "the contrast's own prompts, in its order"
         )
-    _one_each(activations)
+    one_each(activations)
     return activations
 
 
@@ -266,7 +245,8 @@ def _editable(model: HookedModel, sites: Sites) -> tuple[Site, ...]:
     return found
 
 
-def _one_each(acts: Activations) -> None:
+def one_each(acts: Activations) -> None:
+    """Refuse activations with several vectors of a prompt."""
     if set(acts.counts) != {1}:
         raise ValueError(
             f"position {acts.positions!r} reads {max(acts.counts)} tokens of a prompt and a recipe "

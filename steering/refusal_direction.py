@@ -63,11 +63,13 @@ def find_refusal_direction(
 
     Dropped are layers from floor(depth * n_layers) on, KL above `max_kl`, induce below
     `min_induce` (the paper's values are the defaults); if none is left, the error says by how much
-    the nearest fails. To save time every candidate is first scored on `screen` prompts of a kind;
-    those on the border between low bypass and low KL, nearest to `max_kl`, are scored again on all
-    and only they can be chosen: `finalists` of them. `screen=None` scores all on all, as the paper
-    does. `layers` scores some layers only.
+    the nearest fails. To save time candidates are first scored on `screen` prompts of a kind; those
+    on the border of low bypass and low KL, nearest to `max_kl`, are scored again on all and only
+    they can be chosen: `finalists` at a time, until one passes or none is left. `screen=None`
+    scores all on all, as the paper does. `layers` scores some layers only.
     """
+    if finalists < 1:
+        raise ValueError(f"{finalists} finalists: give 1 or more, to be scored on all prompts")
     layers = _layers(model.n_layers, depth, layers)
     known = first_tokens(model, openers)
     train, _ = _as_labelled(model, train.limited(n_train, seed), openers, "training")
@@ -105,21 +107,22 @@ def find_refusal_direction(
         judge = _Judge(model, harmful[:n], harmless[:n], others[:n], known)
         with show(len(cells), note, progress) as advance:
             for p, layer in cells:
-                vector = candidates[p, layer]
-                table[:, p, layer] = judge(vector, Site(layer, "resid_pre"), origin)
+                table[:, p, layer] = judge(candidates[p, layer], Site(layer, "resid_pre"), origin)
                 scored[p, layer] = n
                 advance(1)
 
     everything = [(int(p), int(layer)) for p, layer in exist.nonzero()]
     most = max(len(harmful), len(harmless), len(others))
-    score(everything, most if screen is None else screen, "scoring candidates")
-    if screen is not None and screen < most:
-        score(shortlist(table, finalists, max_kl, min_induce), most, "scoring finalists")
-
-    eligible = scored == scored.max()
-    passing = eligible & (table[2] <= max_kl) & (table[1] >= min_induce)
-    if not bool(passing.any()):
-        raise ValueError(_none(table, eligible, max_kl, min_induce, layers))
+    score(everything, most if screen is None else min(screen, most), "scoring candidates")
+    while True:
+        full = scored == most
+        passing = full & (table[2] <= max_kl) & (table[1] >= min_induce)
+        rest = shortlist(table.masked_fill(full, torch.nan), finalists, max_kl, min_induce)
+        if bool(passing.any()):
+            break
+        if not rest:
+            raise ValueError(_none(table, full, max_kl, min_induce, layers))
+        score(rest, most, "scoring finalists")
     best = torch.where(passing, table[0], torch.inf).argmin()
     position, layer = divmod(int(best), candidates.shape[1])
     along = acts[Site(layer, "resid_pre")]

@@ -1,6 +1,7 @@
 """A task that ships: refuse harmful requests, answer their harmless twins as before."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from probes import datasets
@@ -22,12 +23,7 @@ def refusal_examples(
     `rejected`, for preference losses, the worse answers are a content-free agreement and a
     refusal.
     """
-    twins = datasets.twins(part)
-    if topics is not None:  # evenly over the hazard classes, which stand one after the other
-        if topics < 1:
-            raise ValueError(f"{topics} topics were asked: ask for 1 or more")
-        step = max(1, len(twins) // topics)
-        twins = twins[::step][:topics]
+    twins = evenly(datasets.twins(part), topics)
     end = model.tokenizer.eos_token or ""
     own = model.generate([twin["harmless"] for twin in twins], KEPT_TOKENS)
     found = []
@@ -39,6 +35,16 @@ def refusal_examples(
         if answer.strip():
             found.append(Preference(twin["harmless"], answer, worse[1], twin["topic"]))
     return found
+
+
+def evenly(twins: Sequence[dict[str, str]], n: int | None) -> list[dict[str, str]]:
+    """So many twins spread over the hazard classes, which stand one after the other; None: all."""
+    if n is None:
+        return list(twins)
+    if n < 1:
+        raise ValueError(f"{n} topics were asked: ask for 1 or more")
+    n = min(n, len(twins))
+    return [twins[i * len(twins) // n] for i in range(n)]
 
 
 def read_examples(path: Path | str) -> list[Preference]:

@@ -35,8 +35,9 @@ precision, where padding alone changes logits by a hundredth."""
 class Replay:
     """Log-probabilities of given answers, differentiable, from block `first` on.
 
-    The model's weights are to be frozen meanwhile (`frozen`); what is trained comes in by hooks at
-    block `first` or later. Edits in force on the model's engine do not act here.
+    The model's weights are to be frozen meanwhile (`frozen_weights` of `probes.engines.modes`);
+    what is trained comes in by hooks at block `first` or later. Edits in force on the model's
+    engine do not act here.
     """
 
     def __init__(
@@ -106,10 +107,17 @@ class Replay:
             assert way is not None
             try:
                 error = self._compare(trial, plain, *way)
+            except torch.OutOfMemoryError:  # another way would need as much
+                raise
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:
                 said = f"{type(e).__name__}: {e}"
             else:
                 if error <= ERROR.get(model.dtype, 0.05):
+                    if ways[0][1] and way == ways[1]:
+                        self._note(
+                            f"{type(self._pass.model).__name__} does not read several sequences in "
+                            f"one row ({said.splitlines()[0][:200]}): rows are padded"
+                        )
                     return (error, *way)
                 said = f"relative error {error:.1e} of the logits"
             if after is not None and after[0] != way[0]:
@@ -272,16 +280,3 @@ def _replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del block.__dict__["forward"]
         else:
             block.__dict__["forward"] = before
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight wants a gradient meanwhile; afterwards each wants what it wanted."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, wanted in before:
-            p.requires_grad_(wanted)

@@ -191,13 +191,14 @@ def _nulls(sweep: "SteeringSweep", ax: "Axes", e: int, c: int) -> None:
         ax.plot(x.numpy(), y.numpy(), ".", ms=3, color=figures.PALETTE[7], zorder=0, label="null")
         return
     bottom, top = float(sweep.band[0][:, e].min()), float(sweep.band[1][:, e].max())
-    ax.axhspan(bottom, top, alpha=0.2, color=figures.PALETTE[7], lw=0, label="null, 5 to 95 %")
+    label = "null, 5 to 95 %, widest strength"
+    ax.axhspan(bottom, top, alpha=0.2, color=figures.PALETTE[7], lw=0, label=label)
 
 
 def _legend(ax: "Axes") -> None:
     handles, labels = ax.get_legend_handles_labels()
     claimed = ax.plot([], [], "o", color=figures.PALETTE[6], label="beyond its null")
-    left = ax.plot([], [], "o", mfc="white", color=figures.PALETTE[6], label="not")
+    left = ax.plot([], [], "o", mfc="white", color=figures.PALETTE[6], label="not beyond")
     handles += [*claimed, *left]
     labels += ["beyond its null", "not beyond"]
     ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1, 1))

@@ -95,11 +95,13 @@ def measure(
     *,
     labels: Labels = answers,
     topics: Sequence[str] | None = None,
+    unsteered: Float[Tensor, " prompt"] | None = None,
     progress: bool = True,
 ) -> Measured:
     """Labels of `prompts` and reads of `items` at every norm; 0 is added if it is not asked for.
 
-    At 0 nothing is installed, so its numbers are those of the unsteered model bit for bit.
+    At 0 nothing is installed, so its numbers are those of the unsteered model bit for bit. The
+    same labels measured before, of another vector say, are taken from `unsteered`.
     """
     if vector.operation not in ADDING:
         raise ValueError(
@@ -117,7 +119,8 @@ def measure(
     with show(len(norms), f"steering {model.label}", progress) as advance:
         for r in norms:
             with steer(model, vector, r, unit="unit"):
-                judged = _checked(labels(model, prompts), len(prompts))
+                known = unsteered if r == 0 else None
+                judged = _checked(labels(model, prompts) if known is None else known, len(prompts))
                 z = origin if r == 0 else items.logits(model)
             moved = z.double() - origin.double()
             read = (items.full(z), items.four(z), moved.norm(dim=1))

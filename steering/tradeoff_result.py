@@ -50,6 +50,8 @@ class Tradeoff(Measured):
     """Value, low, high of each of `ESTIMATES`; NaN where it does not exist."""
     criteria: Float[Tensor, "quantity law"]
     """AIC in the window: rows B, P, P4; columns constant, linear, quadratic, full."""
+    support: Float[Tensor, "quantity law"]
+    """Share of resamples in which each law has the lowest AIC; a law is decided for by 0.95."""
     window: tuple[float, float]
     """Strengths on one side of 0 in which slopes and criteria were asked for."""
     weight: float
@@ -86,9 +88,12 @@ class Tradeoff(Measured):
     @property
     def null_gain(self) -> Float[Tensor, " direction"]:
         """The gain of every random direction at the chosen norm; empty if not measured there."""
+        nothing = torch.zeros(0, dtype=torch.float64)
+        if self.chosen is None:
+            return nothing
         at = (self.null_strengths == self.chosen).nonzero().flatten()
-        if self.chosen is None or not len(at):
-            return torch.zeros(0, dtype=torch.float64)
+        if not len(at):
+            return nothing
         P, null = (self.P4, self.null_P4) if self.read == "four" else (self.P, self.null_P)
         i = int(at[0])
         rise = self.null_B[:, i] - self.B[self.zero, 0]
@@ -163,11 +168,14 @@ class Tradeoff(Measured):
         return table
 
     def comparison(self) -> "pd.DataFrame":
-        """AIC above the best law's, in the window: one row for B, P and P4."""
+        """One row for B, P and P4: AIC above the best law's, in the window, and the share of
+        resamples in which each law is the best."""
         import pandas as pd
 
         above = self.criteria - self.criteria.amin(1, keepdim=True)
-        return pd.DataFrame(above.tolist(), columns=list(LAWS), index=["B", "P", "P4"])
+        columns = [*LAWS, *(f"share_{name}" for name in LAWS)]
+        rows = torch.cat([above, self.support], 1).tolist()
+        return pd.DataFrame(rows, columns=columns, index=["B", "P", "P4"])
 
     def plot(self, ax: "Axes | None" = None, panel: str = "alignment") -> "Axes":
         """Four panels: B(r) and P(r) stacked with fits and the beneficial region, B against P with

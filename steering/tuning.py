@@ -16,7 +16,7 @@ from probes.model import HookedModel
 from probes.progress import progress as show
 from probes.prompts import prompts_hash
 from probes.results import Record, Result
-from steering.preferences import DPO, SFT, Answers, Loss, Preference, encode
+from steering.preferences import DPO, SFT, Answers, Loss, Preference, encode, joined
 from steering.replay import CACHE_LIMIT, Replay
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class TrainingCurve(Result):
     losses: Float[Tensor, " step"]
     """Task loss of each step's batch before its update, in nats, penalties not included."""
     validation: Float[Tensor, " epoch"]
-    """Mean loss on the validation examples before training and after each epoch; empty without."""
+    """Loss of the validation examples, as one batch, before training and after each epoch; empty without."""
     kept_epoch: int
     """Epochs after which the kept parameters were reached."""
     n_parameters: int
@@ -173,13 +173,13 @@ class Task:
 
     @torch.no_grad()
     def loss(self, loss: Loss, batch_size: int = 32) -> float:
-        """Mean loss over all examples."""
+        """Loss of all examples as one batch, whatever chunks they are run in."""
         order = sorted(range(self.n), key=lambda i: self._lengths[i])
-        total = 0.0
-        for start in range(0, self.n, batch_size):
-            chunk = order[start : start + batch_size]
-            total += float(loss(self.answers(chunk))) * len(chunk)
-        return total / self.n
+        parts = [
+            self.answers(order[start : start + batch_size])
+            for start in range(0, self.n, batch_size)
+        ]
+        return float(loss(joined(parts)))
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes import figures
 from probes.engines import Edit
 from probes.model import HookedModel
 from probes.sites import HEADED, Site, Sites, expand
-from steering import artefact
+from steering import artefact, vector_shown
 from steering.artefact import Origin
 from steering.edits import (
     ADDING,
     OPERATIONS,
     Scale,
+    check_operation,
+    check_strength,
+    check_width,
     edit_of,
     function_of,
     gated,
@@ -49,7 +51,7 @@ class SteeringVector:
     operation: str = "add"
     values: Mapping[Site, Float[Tensor, "*value"]] = field(default_factory=dict, repr=False)
     """clamp: the coordinates to set, one for each row. affine: the class mean, `[width]`.
-    rotate, rotate_toward: the angle in degrees."""
+    rotate, rotate_toward: the angle in degrees, one number."""
     scales: Mapping[Site, Scale] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,14 +69,7 @@ class SteeringVector:
             if site.part in HEADED and site.head is None:
                 raise ValueError(f"{site} has several heads: name one, for example {site}.0")
             artefact.check_vector(site, vector, self.origin, "the steering vector")
-            rows = 1 if vector.ndim == 1 else len(vector)
-            if self.operation in ADDING and vector.ndim != 1:
-                raise ValueError(
-                    f"{self.operation} takes one vector a site, {site} has {rows}: a subspace can "
-                    "be ablated, clamped or set, not added"
-                )
-            if self.operation.startswith("rotate") and rows != 2:
-                raise ValueError(f"{self.operation} takes a plane, two rows; {site} has {rows}")
+            check_operation(self.operation, site, vector, self.values.get(site))
         for name in ("vectors", "values", "scales"):
             ordered = dict(sorted(getattr(self, name).items()))
             object.__setattr__(self, name, MappingProxyType(ordered))
@@ -102,7 +97,10 @@ class SteeringVector:
     def doing(
         self, operation: str, values: Mapping[Site, Tensor] | Tensor | float | None = None
     ) -> "SteeringVector":
-        """The same vectors under another operation; one value for all sites, or one for each."""
+        """The same vectors under another operation; one value for all sites, or one for each.
+
+        A value has the shape that `values` says; a plain number is that of a single row or angle.
+        """
         if values is None or isinstance(values, Mapping):
             given = values or {}
         else:
@@ -110,7 +108,7 @@ class SteeringVector:
         if operation == "clamp":
             given = {site: value.reshape(-1) for site, value in given.items()}
         made = replace(self, operation=operation, values=given)
-        for site in self.sites:  # a wrong value is said here, not in the middle of a run
+        for site in self.sites:  # rows that are no basis are said here, not in the middle of a run
             function_of(operation, made[site], made.values.get(site))
         return made
 
@@ -118,7 +116,8 @@ class SteeringVector:
         """Ablation of this one vector (or subspace) at every write to the residual stream.
 
         At the embedding, at what attention and at what the MLP adds, in every layer: the stream
-        then never holds it (Arditi et al. 2024, section 2.4).
+        then never holds it (Arditi et al. 2024, section 2.4). The first write is the embedding, so
+        a condition on it can only be read there (`0.resid_pre`), before any block has run.
         """
         if len(self.vectors) != 1:
             raise ValueError(
@@ -152,12 +151,13 @@ class SteeringVector:
                 f"strength of {self.operation} is the share of the full operation, 0 to 1, and has "
                 f"no unit {unit!r}: leave unit='raw'"
             )
+        check_strength(self.operation, strength)
         if strength == 0:
             return []
         gate, edits = gated(model, condition, self.sites)
         for site, vector in self.vectors.items():
-            scale = self.scales.get(site, Scale())
-            size = strength * multiplier(unit, vector, scale, site)
+            check_width(model, site, vector)
+            size = strength * multiplier(unit, vector, self.scales.get(site, Scale()), site)
             function = function_of(self.operation, vector, self.values.get(site))
             edits.append(edit_of(site, function, size, schedule, gate))
         return edits
@@ -234,34 +234,11 @@ class SteeringVector:
 
     def describe(self) -> str:
         """What it is in a few lines: operation, sites and norms, origin, how it was estimated."""
-        origin = self.origin
-        lines = [
-            str(self),
-            f"  from {origin.model} (fingerprint {origin.fingerprint[:12] or 'unknown'}), "
-            f"{origin.estimator or 'unknown estimator'}"
-            + (f", positions {origin.positions}" if origin.positions else ""),
-        ]
-        for site in self.sites:
-            norm, stream = self.norm(site), self.scales.get(site, Scale()).norm
-            fraction = f", {norm / stream:.2f} of the stream's norm" if stream else ""
-            lines.append(f"  {site}: norm {norm:.3g}{fraction}")
-        return "\n".join(lines)
+        return vector_shown.describe(self)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Raw norm by layer, beside the mean norm of the stream where that was measured."""
-        ax = figures.axes(ax)
-        frame = self.frame()
-        layers = [site.layer for site in self.sites]
-        with figures.theme():
-            ax.plot(layers, frame["norm"], "o-", color=figures.PALETTE[0], label="vector")
-            if all(self.scales.get(site, Scale()).norm for site in self.sites):
-                ax.plot(
-                    layers, frame["stream_norm"], "s:", color=figures.PALETTE[6], label="stream"
-                )
-            ax.set(xlabel="layer", ylabel="norm (unit of activations)", yscale="log")
-            ax.set_title(f"{self.origin.estimator or 'steering vector'}, {self.origin.model}")
-            ax.legend()
-        return ax
+        return vector_shown.draw(self, ax)
 
     def __str__(self) -> str:
         return f"steering vector ({self.operation}) at {_some(self.sites)} of {self.origin.model}"

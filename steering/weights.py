@@ -1,71 +1,29 @@
 """Edits of weights that equal edits of activations: what is served needs no hooks.
 
 Every function gives a new `HookedModel` over a copy; the caller's model stays as it is, to the bit.
-Before the copy is handed out its logits are compared with those of the same edit made live on the
-caller's model (`agreement`), so a copy that does something else is an error and not a result.
+Before the copy is handed out its logits are compared with those of the same edit made live
+(`steering.copies`), so a copy that does something else, or nothing, is an error and not a result.
+
+Memory: the copy. In bfloat16 and float16 it is float32 while it is edited and compared, twice the
+size of the model, and the model's own size again when it is handed out.
 """
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.engines import Batch, Edit
 from probes.model import HookedModel
 from probes.sites import Site, Unsupported
 from steering import ops
 from steering.artefact import Origin
+from steering.copies import EditedCopy
+from steering.copies import agreement as agreement
 from steering.edits import Scale, multiplier
 from steering.offsets import HeadOffsets
 from steering.vector import SteeringVector
-from steering.writers import Writers, check_plain
-
-TOLERANCE = 1e-4
-"""Largest allowed relative difference of a token's logits in float32."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far an edited copy is from the live edit: ||a - b|| / ||b|| of a token's logits."""
-
-    error: float
-    """Largest over the tokens tried, copy against live edit."""
-    allowed: float
-    effect: float
-    """The same of the live edit against no edit: what the error is small beside."""
-
-    @property
-    def holds(self) -> bool:
-        return self.error <= self.allowed
-
-    def __str__(self) -> str:
-        return (
-            f"edited weights differ from the live edit by {self.error:.1e} of the logits' norm "
-            f"(allowed {self.allowed:.0e}); the edit itself moves them by {self.effect:.2g}"
-        )
-
-
-def agreement(model: HookedModel, edits: Sequence[Edit], edited: HookedModel) -> Agreement:
-    """Compare `edited` without hooks with `model` under live edits, on a few arbitrary tokens.
-
-    In bfloat16 and float16, where rounding the weights alone moves logits, 16 units of the
-    dtype's precision are allowed.
-    """
-    ids = (torch.arange(26).view(2, 13) * 7 + 5) % min(model.layout.vocab_size, 180)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0
-    batch, real = Batch(ids, mask), mask.bool()
-    plain = model.engine.logits(batch).cpu()[real].double()
-    with model.edit(edits):
-        live = model.engine.logits(batch).cpu()[real].double()
-    found = edited.engine.logits(batch).cpu()[real].double()
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    allowed = 16 * torch.finfo(model.dtype).eps if half else TOLERANCE
-    return Agreement(_distance(found, live), allowed, _distance(live, plain))
+from steering.writers import Writers
 
 
 def orthogonalise(
@@ -96,8 +54,9 @@ def orthogonalise(
             f"{model.d_model}: give a vector of the stream"
         )
     basis = ops.orthonormal(what)
-    twin = _copy(model)
-    writers = Writers(twin, model.layout)
+    vector = SteeringVector({Site(0, "resid_pre"): basis}, Origin.of(model), "ablate")
+    twin = EditedCopy(model, vector.everywhere(model).edits(model, strength))
+    writers = Writers(twin.model, model.layout)
     targets = [
         pair
         for layer, block in enumerate(model.layout.blocks)
@@ -108,13 +67,11 @@ def orthogonalise(
     ]
     embeddings = writers.embeddings()
     if strength:
-        _untie(twin)
+        _untie(twin.model)
         targets += [(module.weight, 1) for module in embeddings]
         for tensor, axis in targets:
             _project_out(tensor.data, axis, basis, strength)
-    vector = SteeringVector({Site(0, "resid_pre"): basis}, Origin.of(model), "ablate")
-    live = vector.everywhere(model).edits(model, strength)
-    return _checked(model, twin, live, "orthogonalised")
+    return twin.checked("orthogonalised")
 
 
 def fold_offsets(
@@ -129,14 +86,13 @@ def fold_offsets(
     nothing for GPT-2, OPT and GPT-NeoX; some architectures have no such flag, and biases without
     one are dropped on loading with no error. Norms behind the projection are no obstacle here.
     """
-    live = offsets.edits(model, strength, unit)
-    twin = _copy(model)
-    writers = Writers(twin, model.layout)
+    twin = EditedCopy(model, offsets.edits(model, strength, unit))
+    writers = Writers(twin.model, model.layout)
     if strength:
         for layer in sorted({layer for layer, _ in offsets.heads}):
             rows = strength * offsets.layer(layer, unit).double()
             _fold_heads(writers, layer, rows)
-    return _checked(model, twin, live, "offsets folded")
+    return twin.checked("offsets folded")
 
 
 def fold_vector(
@@ -159,15 +115,14 @@ def fold_vector(
             f"a bias can add and nothing else, this vector is for {vector.operation!r}: fold a "
             "vector for 'add', or see `orthogonalise` for ablation"
         )
-    live = vector.edits(model, strength, unit)
     for site in vector.sites:
         model.layout.check(site)
-    twin = _copy(model)
-    writers = Writers(twin, model.layout)
+    twin = EditedCopy(model, vector.edits(model, strength, unit))
+    writers = Writers(twin.model, model.layout)
     for site, raw in vector.vectors.items() if strength else ():
         size = strength * multiplier(unit, raw, vector.scales.get(site, Scale()), site)
         _fold_site(writers, site, size * raw.double())
-    return _checked(model, twin, live, "vector folded")
+    return twin.checked("vector folded")
 
 
 def _fold_site(writers: Writers, site: Site, added: Tensor) -> None:
@@ -239,33 +194,3 @@ def _untie(twin: Any) -> None:
         config.tie_word_embeddings = False
     if hasattr(twin, "get_expanded_tied_weights_keys"):  # what saving leaves out
         twin.all_tied_weights_keys = twin.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def _copy(model: HookedModel) -> Any:
-    check_plain(model.model)
-    return copy.deepcopy(model.model)
-
-
-def _checked(model: HookedModel, twin: Any, live: Sequence[Edit], how: str) -> HookedModel:
-    """The copy as a model of the same engine and template, once it agrees with the live edit."""
-    template = model.template if model.tokenizer is not None else None
-    edited = HookedModel(
-        twin,
-        model.tokenizer,
-        engine=model.engine.name,
-        template=None if template is None else template.source,
-        template_arguments=None if template is None else template.arguments,
-        name=f"{model.name} ({how})",
-    )
-    edited.label = f"{model.label} ({how})"
-    found = agreement(model, live, edited)
-    if not found.holds:
-        raise RuntimeError(
-            f"{type(twin).__name__} after the edit: {found}. Its weights reach the stream in a way "
-            "that is not known here: steer it live, and report the architecture"
-        )
-    return edited
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)).max())

@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import tiny_lineage
 import torch
 
 from analyses import cli
-from probes import HookedModel, datasets
+from probes import HookedModel, Site, datasets
 from probes.lineage import targets
 from probes.refusals import refuses
-from steering import HeadOffsets, HeadRanking, steer
-from steering.refusal_task import read_examples, refusal_examples
+from steering import HeadOffsets, HeadRanking, Origin, steer
+from steering.refusal_task import evenly, read_examples, refusal_examples
 from steering.tuning import TrainingCurve
 
 Run = Callable[..., tuple[int, str]]
@@ -78,6 +79,9 @@ def test_iti_saves_ranking_and_offsets(files: Path, run: Run) -> None:
     code, said = run("first", "pairs.jsonl", "--method", "iti", *given)
     assert code == 0, said
     assert "harmful refused: 0% before" in said
+    assert "refusal log-odds of harmful prompts change by" in said and "random offsets" in said
+    rates = json.loads((files / "iti" / "rates.json").read_text())
+    assert len(rates["log-odds"]["null"]) == 20
     ranking = HeadRanking.load(files / "iti")
     assert HeadOffsets.load(files / "iti" / "offsets.safetensors").heads == tuple(
         sorted(ranking.top(3))
@@ -104,7 +108,8 @@ def test_a_mistake_is_one_sentence(run: Run, given: tuple, sentence: str) -> Non
 
 def test_a_dry_run_loads_nothing(run: Run) -> None:
     code, said = run("nobody/nothing", "--dry-run")
-    assert (code, said) == (0, "10 rounds over 192 shipped prompts, 80 answers of 12 tokens\n")
+    assert code == 0
+    assert "10 rounds over 192 shipped prompts; 80 answers of 12 tokens and 440 first" in said
 
 
 def test_the_task_refuses_the_harmful_and_keeps_the_harmless(files: Path) -> None:
@@ -129,3 +134,29 @@ def test_examples_are_read(files: Path) -> None:
     rows = read_examples(files / "examples.jsonl")
     assert len(rows) == 12
     assert (rows[0].chosen, rows[0].rejected) == ("w3 w4", "w5")
+
+
+def test_topics_are_taken_from_all_classes_alike() -> None:
+    for part in ("train", "test"):
+        twins = datasets.twins(part)
+        whole = Counter(twin["class"] for twin in twins)
+        for n in (20, 60, 96, 130):
+            some = Counter(twin["class"] for twin in evenly(twins, n))
+            assert some.total() == n
+            assert all(abs(some[c] - whole[c] * n / len(twins)) < 1.01 for c in whole)
+    assert evenly(twins, None) == evenly(twins, 10_000) == twins
+    with pytest.raises(ValueError, match="0 topics were asked"):
+        evenly(twins, 0)
+
+
+def test_random_offsets_have_the_norms_and_no_direction(files: Path) -> None:
+    model = HookedModel.load(str(files / "first"))
+    width = model.layout.width(Site(0, "head_out"))
+    own = HeadOffsets({(0, 1): torch.ones(width), (1, 0): 2 * torch.ones(width)}, Origin.of(model))
+    drawn = own.randomised(5, seed=3)
+    for other in drawn:
+        assert other.heads == own.heads
+        for head in own.heads:
+            assert float(other[head].norm()) == pytest.approx(float(own[head].norm()), rel=1e-6)
+    assert len({float(other[0, 1][0]) for other in drawn}) == 5
+    assert torch.equal(own.randomised(5, seed=3)[4][1, 0], drawn[4][1, 0])

@@ -21,7 +21,7 @@ from analyses.report import Report, Size, contrast_parts, measure, run
 from analyses.tokens import KINDS
 from probes import datasets
 
-TINY = Size(18, 6, 12, 4, 3, 8, 20, 10)
+TINY = Size(18, 6, 12, 4, 3, 8, 4, 20, 10)
 SCRIPT = "<script>alert(1)</script>"
 LONG = "pneumono" * 30
 WIDTHS = (1280, 420)
@@ -131,7 +131,7 @@ def test_prompts_are_text_and_nothing_runs_or_is_loaded(view: tuple[Any, list]) 
     assert '<img src=x onerror="alert(2)">' in shown
     assert LONG in shown
     assert window.locator("script").count() == 0
-    assert window.locator("img").count() == 5
+    assert window.locator("img").count() == 6
     assert heard
     assert {url.partition(":")[0] for url in heard} <= {"file", "data"}
 
@@ -140,11 +140,11 @@ def test_prompts_are_text_and_nothing_runs_or_is_loaded(view: tuple[Any, list]) 
 def test_every_figure_is_there(view: tuple[Any, list]) -> None:
     window, _ = view
     widths = window.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
-    assert len(widths) == 5
+    assert len(widths) == 6
     assert min(widths) > 0
     alternatives = window.evaluate("[...document.images].map(i => i.alt)")
     assert all(alternatives)
-    assert len(set(alternatives)) == 5
+    assert len(set(alternatives)) == 6
 
 
 @pytest.mark.slow
@@ -174,11 +174,11 @@ def test_the_report_says_what_there_was(report: Report, page: Path) -> None:
     assert not bool(report.separation.unchanged[1, 10:].any())
     below = report.separation.cosine[1, :10]
     assert torch.equal(below, torch.ones_like(below))
-    for name in ("a-token-shift", "b-probes", "c-separation", "d-maps", "e-refusals"):
+    for name in ("a-token-shift", "b-probes", "c-separation", "d-maps", "e-refusals", "f-steering"):
         assert (page.parent / f"{name}.png").stat().st_size > 10_000
         assert "<script" not in (page.parent / f"{name}.svg").read_text()
     rows = list(csv.DictReader(io.StringIO((page.parent / "table.csv").read_text())))
-    assert {row["panel"] for row in rows} == set("abce")
+    assert {row["panel"] for row in rows} == set("abcef")
     within = [r for r in rows if r["low"]]
     assert all(float(r["low"]) <= float(r["value"]) + 1e-6 for r in within)
     assert all(float(r["high"]) >= float(r["value"]) - 1e-6 for r in within)
@@ -188,7 +188,7 @@ def tiny_report(seed: int = 0, base_context: str = "same") -> Report:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "only .* groups")
         parts = tiny_lineage.pairs().split(seed=seed)
-        size = Size(24, 8, 12, 6, 6, 6, 20, 1)
+        size = Size(24, 8, 12, 6, 6, 6, 6, 20, 1)
         parts = {
             "train": parts["train"].limited(24),
             "validation": parts["validation"].limited(8),

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -14,9 +15,13 @@ import tiny_lineage
 from typer.testing import CliRunner
 
 from analyses import cli
+from analyses.commands.measures import site_texts, splits_of
 from probes import HookedModel
-from steering import SteeringVector
+from steering import Steering, SteeringVector, train_vector
 from steering.budget import SolvedStrength
+from steering.effects import refusal_odds
+from steering.grid import matched
+from steering.nulls import shuffled_vectors
 from steering.sweep import SteeringSweep
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy")
@@ -160,12 +165,9 @@ SWEEP = (
 
 
 def test_sweep_writes_a_folder_and_goes_on(files: Path, run: Run) -> None:
-    dry = run(*SWEEP, "--dry-run")
-    assert dry.code == 0, dry.err
-    # 3 measures unsteered; 2 sites at strength 1: kl, and 2 effects under 1 vector and 4 nulls
-    total = 3 + 2 * (1 + 2 * 5)
-    assert dry.out.startswith(f"4 settings with 4 nulls: {total} passes over ")
-    assert " 0 of them done" in dry.out
+    # 3 measures unsteered; 2 sites at strength 1: kl, and 2 effects under 1 vector and 5 nulls;
+    # the same on test prompts at one of the sites
+    total, tested = 3 + 2 * (1 + 2 * 6), 3 + 1 + 2 * 6
     said = run(*SWEEP)
     assert said.code == 0, said.err
     assert len(said.out.strip().splitlines()) == 1 + 3
@@ -176,12 +178,16 @@ def test_sweep_writes_a_folder_and_goes_on(files: Path, run: Run) -> None:
     assert {"strength.svg", "layer.png", "cells", "test"} <= names
     found, test = SteeringSweep.load(folder), SteeringSweep.load(folder / "test")
     assert found.sites == ("0.resid_post",) * 2 + ("1.resid_post",) * 2
-    assert found.kinds == ("random", "random", "shuffled labels", "formality")
+    assert found.kinds == (*["random"] * 2, *["shuffled labels"] * 2, "formality")
     assert test.cells == (found.best(within={"kl": 10.0}),)
     assert not set(test.keys) & set(found.keys)
     assert not found.claimed.any()  # two random directions are too few
+    kept = [len([*f.glob("cells/*.json")]) for f in (folder, folder / "test")]
+    assert kept[0] == total and kept[1] in (tested, 3)  # at strength 0 only the unsteered model
     written = {p: p.stat().st_mtime_ns for p in folder.rglob("cells/*.json")}
-    assert f"{total} of them done" in run(*SWEEP, "--dry-run").out
+    dry = run(*SWEEP, "--dry-run").out
+    assert dry.startswith(f"4 settings with 5 nulls: about {total + tested} passes, ")
+    assert dry.endswith(f" {sum(kept)} measurements are kept in swept\n")
     table = json.loads(run(*SWEEP, "--json").out)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("cells/*.json")} == written
     assert len(table["validation"]) == 12 and len(table["test"]) == 3
@@ -196,6 +202,9 @@ def test_sweep_writes_a_folder_and_goes_on(files: Path, run: Run) -> None:
         (("--on", "both"), "--on is 'both': choose positive or negative"),
         (("--random", -1), "--random is -1"),
         (("--operations", "melt"), "unknown operation 'melt'"),
+        (("--operations", "ablate", "--strengths", "2 4"), "no strength is left for ablate"),
+        (("--openers", " "), "--openers is empty"),
+        (("--made-elsewhere",), "is said of a saved vector and a file: give both"),
         (("--within", -1.0, "--strengths", "1"), "no cell stays within kl -1"),
     ],
 )
@@ -206,6 +215,100 @@ def test_mistakes_of_sweep_are_one_sentence(run: Run, options: tuple, said: str)
     assert said in found.err
     assert "Traceback" not in found.err
     assert found.err.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_dry_run_neither_trains_nor_generates(
+    files: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("it was called")
+
+    made: list[HookedModel] = []
+    load = HookedModel.load.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+    def loaded(cls: type[HookedModel], *given: object, **options: object) -> HookedModel:
+        made.append(load(cls, *given, **options))
+        for name in ("read", "logits", "generate"):  # behind the self-check of its first use
+            monkeypatch.setattr(made[-1].engine, name, never)
+        return made[-1]
+
+    monkeypatch.setattr(HookedModel, "load", classmethod(loaded))
+    every = ("--costs", "kl perplexity mistakes repetition benign_refusals", "--out", "nowhere")
+    dry = run(*SWEEP, *every, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert made and not (files / "nowhere").exists()
+    tokens = int(dry.out.partition(" passes, ")[2].partition(" tokens")[0].replace(",", ""))
+    fewer = run(*SWEEP, "--out", "nowhere", "--dry-run").out
+    assert int(fewer.partition(" passes, ")[2].partition(" tokens")[0].replace(",", "")) < tokens
+    assert "MB of disk and" in dry.out and "GB of memory; 0 measurements" in dry.out
+    with pytest.raises(AssertionError, match="it was called"):
+        run(*SWEEP)
+
+
+def test_a_saved_vector_is_not_tested_on_what_it_was_trained_on(files: Path, run: Run) -> None:
+    given = ("--strength", 1, "--tokens", 1, "--prompt", "w1", "--site", "1.resid_post")
+    trained = ("steer", "first", "pairs.jsonl", *given, "--positions", "mean:content", "--out", "v")
+    assert run(*trained, "--topics", 8).code == 0
+    swept = (
+        "sweep", "first", "pairs.jsonl", "--vector", "v/vector.safetensors", "--strengths", "0.5",
+        "--effects", "odds", "--openers", "w3 w4", "--random", 1, "--within", 10, "--out", "of-v",
+    )  # fmt: skip
+    ok = run(*swept, "--topics", 8)
+    assert ok.code == 0, ok.err
+    vector = SteeringVector.load(files / "v" / "vector.safetensors")
+    train = splits_of(files / "pairs.jsonl", 8, 0)["train"]
+    model = HookedModel.load(str(files / "first"), device="cpu")
+    own = train_vector(model, train, "1.resid_post", positions="mean:content")
+    assert vector.origin.data_hash == own.origin.data_hash
+    # the effect asked for these openers, and nulls were read where the vector was
+    found = SteeringSweep.load(files / "of-v")
+    asked = splits_of(files / "pairs.jsonl", 8, 0)["validation"].prompts[1::2]
+    odds = refusal_odds(model, None, asked, openers=("w3", "w4"))
+    assert float(found.unsteered[0]) == pytest.approx(float(odds.mean()), abs=1e-5)
+    (null,) = shuffled_vectors(model, train, "1.resid_post", 1, positions="mean:content")
+    what = Steering(matched(null, vector), 0.5)
+    moved = refusal_odds(model, what, asked, openers=("w3", "w4")) - odds
+    at = found.kinds.index("shuffled labels")
+    assert float(found.null[0, 0, at]) == pytest.approx(float(moved.mean()), abs=1e-5)
+    for wrong in (("--topics", 7), ("--topics", 8, "--seed", 1)):
+        said = run(*swept, *wrong)
+        assert said.code == 2
+        assert "was not made from the training topics of pairs.jsonl" in said.err
+    assert run(*swept, "--topics", 7, "--made-elsewhere", "--out", "else").code == 0
+    other = run(*swept, "--topics", 8, "--positions", "last")
+    assert other.code == 2 and "was made at 'mean:content'" in other.err
+
+
+def test_strengths_a_mixing_operation_lacks_are_said(run: Run) -> None:
+    given = ("--operations", "add ablate", "--strengths", "1 2", "--dry-run", "--random", 0)
+    said = run("sweep", "first", "pairs.jsonl", "--sites", "1.resid_post", *given)
+    assert said.code == 0 and said.out.startswith("3 settings with 0 nulls")
+    assert "note: ablate mixes by a share, so strength 2 is left out there" in said.err
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 24])
+def test_default_sites_exist_at_any_depth(layers: int) -> None:
+    model = SimpleNamespace(n_layers=layers)
+    found = site_texts(model, None)  # pyright: ignore[reportArgumentType]
+    assert found and all(0 <= int(text.partition(".")[0]) < layers for text in found)
+
+
+def test_steer_has_a_default_site_and_a_saved_vector_its_operation(files: Path, run: Run) -> None:
+    given = ("--strength", 1, "--tokens", 1, "--prompt", "w1")
+    made = run("steer", "first", "pairs.jsonl", *given, "--out", "d")
+    assert made.code == 0, made.err
+    path = files / "d" / "vector.safetensors"
+    n = HookedModel.load(str(files / "first"), device="cpu").n_layers
+    assert [str(s) for s in SteeringVector.load(path).sites] == [f"{5 * n // 8}.resid_post"]
+    turned = run("steer", "first", "--vector", path, *given, "--operation", "ablate", "--out", "e")
+    assert turned.code == 0, turned.err
+    assert SteeringVector.load(files / "e" / "vector.safetensors").operation == "ablate"
+    kept = run("steer", "first", "--vector", "e/vector.safetensors", *given, "--out", "f")
+    assert kept.code == 0, kept.err
+    assert SteeringVector.load(files / "f" / "vector.safetensors").operation == "ablate"
+    for option in (("--recipe", "pca"), ("--positions", "last"), ("--topics", 3)):
+        refused = run("steer", "first", "--vector", path, *given, *option)
+        assert refused.code == 2 and f"{option[0]} is of training" in refused.err
 
 
 def test_plain_prompts_train_no_vector(run: Run) -> None:

@@ -141,7 +141,9 @@ def test_edits_agree(pair: tuple[HookEngine, LensEngine], side: str) -> None:
             assert error(found, plain, batch.mask) > 1e-3, named
             assert error(found, expected, batch.mask) <= TOLERANCE, named
     sites = [edit.site for edit in single]
+    assert not lens.edited
     with lens.edit(single):
+        assert lens.edited
         assert error(lens.logits(batch, 2), found[:, -2:], batch.mask[:, -2:]) <= TOLERANCE
     with reference.edit(single), lens.edit(single):
         expected, found = reference.read(batch, sites), lens.read(batch, sites)

@@ -106,7 +106,9 @@ def test_reads_agree(name: str, side: str) -> None:
         assert error(found[site], expected[site], mask, scale) <= TOLERANCE, str(site)
     logits = ours.logits(batch)
     assert error(logits, reference.logits(batch), mask) <= TOLERANCE
+    assert not ours.edited
     with ours.edit(edits(ours.layout)):
+        assert ours.edited
         logits = ours.logits(batch)
         for last in (2, 100):
             few = ours.logits(batch, last)

@@ -10,6 +10,7 @@ import torch
 from architectures import build
 
 from probes import Edit, HookedModel, Site, capture
+from probes.engines import ENGINES
 from probes.scanning import monitor
 
 PROMPTS = tiny.words(5, seed=3)
@@ -108,6 +109,28 @@ def test_logprobs_are_those_of_the_whole_text(llama: HookedModel) -> None:
         found[0][0],
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_logits_of_answers_are_asked_for_at_one_position_a_prompt(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every position a vocabulary of 150,000 would be most of the memory."""
+    hooked = HookedModel(plain(), tiny.tokenizer(), engine=engine)
+    batch = hooked.batch(hooked.template.render_all(PROMPTS))
+    logits, columns = hooked.engine.logits, []
+
+    def counting(*given: Any) -> torch.Tensor:
+        found = logits(*given)
+        columns.append(found.shape[1])
+        return found
+
+    monkeypatch.setattr(hooked.engine, "logits", counting)
+    found = hooked.logits(PROMPTS)
+    assert columns == [1]
+    everywhere = logits(batch)
+    assert everywhere.shape[1] > 1  # the control: there was more to ask for
+    torch.testing.assert_close(found, everywhere[:, -1])
 
 
 def test_generation_ignores_the_defaults_a_checkpoint_ships(llama: HookedModel) -> None:

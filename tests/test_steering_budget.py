@@ -9,7 +9,16 @@ import tiny
 import torch
 
 from probes import HookedModel, Site, capture, datasets, difference_of_means
-from steering import HeadOffsets, Origin, Scale, Schedule, Steering, SteeringVector, costs
+from steering import (
+    Condition,
+    HeadOffsets,
+    Origin,
+    Scale,
+    Schedule,
+    Steering,
+    SteeringVector,
+    costs,
+)
 from steering.applied import at_budget
 from steering.budget import SolvedStrength, solve, solve_strength
 from steering.costs import Reference
@@ -177,6 +186,33 @@ def test_steering_at_a_budget(model: HookedModel, vector: SteeringVector) -> Non
     reference = Reference.of(model, PROMPTS)
     assert 0.02 <= float(costs.kl(model, steering, reference).mean()) < 0.0206
     assert model.generate(PROMPTS[:1], 3, steer=steering)
+    texts = at_budget(model, vector, perplexity=1.005, prompts=PROMPTS, held_out=HELD_OUT)
+    before = costs.text_log_perplexity(model, None, PROMPTS).mean()
+    ratio = (costs.text_log_perplexity(model, texts, PROMPTS).mean() - before).exp()
+    assert 1.005 <= float(ratio) < 1.006
+    with pytest.raises(ValueError, match="2 budgets were given"):
+        at_budget(model, vector, 0.02, benign_refusals=0.1)
+
+
+def test_a_solved_strength_is_ready_to_apply(
+    model: HookedModel, vector: SteeringVector, tmp_path: Path
+) -> None:
+    late = Schedule("generated", generated=(0, 3), decay=0.5)
+    found = solve_strength(
+        model, vector, kl=0.005, prompts=PROMPTS, held_out=HELD_OUT, tokens=5, schedule=late,
+        unit="sigma", sign=-1,
+    )  # fmt: skip
+    assert found.steering(vector) == Steering(vector, found.strength, "sigma", late)
+    loaded = SolvedStrength.load(found.save(tmp_path))
+    assert loaded.steering(vector) == found.steering(vector)
+    value = costs.kl(model, loaded.steering(vector), Reference.of(model, PROMPTS, 5)).mean()
+    assert float(value) == found.value
+    with pytest.raises(ValueError, match="give the same, or solve again"):
+        found.steering(vector.doing("ablate"))
+    unit = vector.vectors[Site(1, "resid_post")]
+    condition = Condition(Site(0, "resid_post"), unit / unit.norm(), 0.0)
+    with pytest.raises(ValueError, match="give the same, or solve again"):
+        found.steering(vector, condition)
 
 
 def test_mistakes_are_said_before_anything_runs(model: HookedModel, vector: SteeringVector) -> None:

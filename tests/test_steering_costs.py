@@ -124,6 +124,15 @@ def test_steering_of_the_answer_alone_is_seen(model: HookedModel, reference: Ref
     assert torch.equal(same, torch.zeros(7).double())
 
 
+def test_a_reference_is_of_the_unsteered_model(model: HookedModel) -> None:
+    what = Steering(vector(model), 0.5)
+    with model.edit(what.edits(model)):
+        with pytest.raises(ValueError, match=r"edits are in force on .*Reference\.of takes it"):
+            Reference.of(model, PROMPTS, 3)
+    with model.edit(Steering(vector(model), 0.0).edits(model)):  # which installs nothing
+        Reference.of(model, PROMPTS, 3)
+
+
 def test_a_reference_belongs_to_its_model(reference: Reference) -> None:
     with pytest.raises(ValueError, match=r"belongs to another model than tiny gpt2.*Reference\.of"):
         costs.kl(tiny.hooked("gpt2"), None, reference)
@@ -187,10 +196,9 @@ def test_choices_take_the_likeliest(model: HookedModel) -> None:
         asked = [f"Question: {item['question']}\nAnswer:"] * len(item["choices"])
         sums = [s.sum() for s in plain.logprobs(asked, [f" {c}" for c in item["choices"]])]
         right.append(float(torch.stack(sums).argmax() == item["answer"]))
-    assert effects.choices(model, None, items).tolist() == right
     assert costs.mistakes(model, None, items).tolist() == [1 - r for r in right]
-    with pytest.raises(ValueError, match="no items"):
-        effects.choices(model, None, [])
+    with pytest.raises(ValueError, match="no questions"):
+        costs.mistakes(model, None, [])
 
 
 def test_answer_logprobs_are_the_models_own(model: HookedModel) -> None:
@@ -329,8 +337,20 @@ def test_rates_that_all_flip_have_an_interval() -> None:
     assert 0.5 < float(found.low) < 0.8
     more = change_interval(torch.ones(100, 1), torch.zeros(100).double())
     assert float(found.low) < float(more.low) < 1
-    nothing = change_interval(torch.zeros(10, 1), before)
+    nothing = change_interval(torch.zeros(10, 1), before, rate=True)
     assert float(nothing.low) < 0 == float(nothing.value) < float(nothing.high)
+
+
+def test_a_continuous_cost_that_never_arose_has_no_width() -> None:
+    """All 0 is a rate only if it is said; a 1 anywhere says so."""
+    before = torch.zeros(10).double()
+    for after in (torch.zeros(10, 1), torch.full((10, 1), 0.25)):
+        found = change_interval(after, before)
+        assert float(found.low) == float(found.high) == float(after[0, 0])
+    said = change_interval(torch.full((10, 1), 0.25), before, rate=True)
+    assert float(said.low) == float(said.high)  # no rate, whatever is said
+    fall = change_interval(torch.zeros(10, 1), torch.ones(10).double())
+    assert float(fall.low) == -1 < float(fall.high) < -0.5
 
 
 # --- the real model -----------------------------------------------------------------------------

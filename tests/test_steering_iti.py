@@ -38,7 +38,7 @@ def rows(given: Contrast, seed: int = 0) -> dict[int, Tensor]:
 
 
 @cache
-def ranked(direction: str = "mean", permutations: int = 40) -> HeadRanking:
+def ranked(direction: str = "mean", permutations: int = 200) -> HeadRanking:
     given = contrast()
     return rank_rows(rows(given), given, n_layers=3, direction=direction, permutations=permutations)
 
@@ -68,9 +68,27 @@ def test_shuffled_labels_find_nothing() -> None:
     turned = shuffled(given.positive, given.topics, 5, torch.Generator().manual_seed(3))
     for i in range(5):
         wrong = replace(given, labels=tuple(int(y) for y in turned[:, i]))
-        found = rank_rows(rows(given), wrong, n_layers=3, permutations=40)
+        found = rank_rows(rows(given), wrong, n_layers=3, permutations=200)
         assert not found.claimed.any()
         assert float(found.accuracy[PLANTED]) < 0.8
+
+
+@pytest.mark.parametrize("topics", ["mixed", "of one class"])
+def test_uneven_classes_claim_no_noise(topics: str) -> None:
+    """Shuffling may change how many rows are positive; chance must stay where it is."""
+    generator = torch.Generator().manual_seed(0)
+    if topics == "mixed":  # one positive and three negatives in each
+        labels, names = [1, 0, 0, 0] * 30, [f"t{i // 4}" for i in range(120)]
+    else:  # positive topics of one row, negative ones of four
+        labels, names = [1] * 30 + [0] * 120, [f"t{i}" for i in range(30)]
+        names += [f"u{i // 4}" for i in range(120)]
+    given = Contrast.labelled([f"w{i}" for i in range(len(labels))], labels, topics=names)
+    noise = {0: torch.randn(len(labels), 8, 4, generator=generator)}
+    found = rank_rows(noise, given, n_layers=1)
+    assert not found.claimed.any()
+    assert float((found.accuracy - 0.5).abs().max()) < 0.15
+    assert abs(float(found.null.mean()) - 0.5) < 0.06
+    assert float(found.frame()["p"].min()) > 0.01
 
 
 def test_more_chances_make_the_null_of_the_best_head_higher() -> None:
@@ -132,7 +150,7 @@ def test_flipped_labels_turn_the_directions_round() -> None:
 
 def test_random_directions_are_units_by_seed_and_ignore_labels() -> None:
     a = ranked("random")
-    b = rank_rows(rows(contrast()), contrast(), n_layers=3, direction="random", permutations=40)
+    b = rank_rows(rows(contrast()), contrast(), n_layers=3, direction="random")
     assert torch.equal(a.unit, b.unit)
     torch.testing.assert_close(a.unit.norm(dim=-1), torch.ones(3, 4))
     assert abs(float(a.unit[PLANTED][5])) < 0.9
@@ -163,7 +181,7 @@ def test_the_organism_reads_harm_where_it_was_planted(
 ) -> None:
     """Before layer 2 harm is no linear function; the relay carries it along its first axis."""
     given = organism.pairs.limited(48)
-    found = rank_heads(aligned, given, permutations=40, progress=False)
+    found = rank_heads(aligned, given, permutations=200, progress=False)
     relay = organisms.RELAY_HEAD
     assert float(found.accuracy[relay]) == 1.0 and bool(found.claimed[relay])
     assert float(found.unit[relay][0]) > 0.95

@@ -13,15 +13,14 @@ from torch import Tensor
 from probes import HookedModel, Site, capture
 from probes.lineage import organism
 from steering import Origin, Steering, SteeringVector, layer_search, steer
-from steering.layer_search import (
-    LayerSearch,
+from steering.layer_divergence import (
     by_layer,
     displacement,
     head_of,
     js_divergence,
     released_score,
-    search,
 )
+from steering.layer_search import LayerSearch, search
 
 
 def rows(seed: int, *shape: int) -> Tensor:
@@ -187,6 +186,31 @@ def test_a_tight_bound_leaves_no_attack(aligned: HookedModel, given: dict) -> No
     assert held.strength == 0.0
     assert len(held.null) == 0
     assert held.before == held.after
+
+
+def test_silence_is_no_attack(
+    aligned: HookedModel, given: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attack under which the model says nothing neither succeeds nor is fluent."""
+    pushed: list[bool] = []
+    plain_steer, generate = steer, HookedModel.generate
+
+    def watched(model: HookedModel, what: SteeringVector, strength: float) -> object:
+        pushed[:] = [strength > 0]
+        return plain_steer(model, what, strength)
+
+    def silenced(self: HookedModel, prompts: list, n: int) -> list[str]:
+        said = generate(self, prompts, n)
+        return [""] * (len(said) - 1) + said[-1:] if pushed[0] else said
+
+    monkeypatch.setattr(layer_search, "steer", watched)
+    monkeypatch.setattr(HookedModel, "generate", silenced)
+    found = search(aligned, **given, nulls=0)
+    assert found.strength == 0.0
+    assert float(found.success[1:].max()) <= 1 / 12
+    monkeypatch.setattr(HookedModel, "generate", lambda self, prompts, n: [""] * len(prompts))
+    with pytest.raises(ValueError, match="none of the harmless requests is answered"):
+        search(aligned, **given, nulls=0)
 
 
 def test_released_mode_searches_its_layers_and_doubles(

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from probes import HookedModel, Site
 from probes.engines import Batch
+from probes.engines.modes import frozen_weights
 from steering import HeadOffsets, steer
 from steering.head_parameters import HeadParameters, all_heads
+from steering.head_selection import HeadSelection
 from steering.lofit import (
-    HeadSelection,
     HeadTuning,
     LoFiT,
     fit_offsets,
@@ -25,7 +26,6 @@ from steering.lofit import (
     select_heads,
 )
 from steering.preferences import DPO, SFT, Answers, Preference, encode
-from steering.replay import frozen
 from steering.tuning import Task, Training, train
 
 QUICK = Training(epochs=2, batch_size=4)
@@ -45,7 +45,7 @@ def batch_of(model: HookedModel, prompts: list[str]) -> Batch:
 
 def test_dpo_is_log_two_at_the_reference() -> None:
     model = tiny.hooked("llama")
-    with frozen(model.model):
+    with frozen_weights(model.model):
         task = Task(model, examples(), Training())
         v = HeadParameters(model, all_heads(model.layout), 0.0, 42)
         with v.acting(scale=False), torch.no_grad():
@@ -101,7 +101,7 @@ def test_training_losses_equal_a_loop_of_ones_own() -> None:
     dpo = np.log1p(np.exp(-0.5 * ((c - c0) - (r - r0)))).mean()
     sft = -c.sum() / sum(len(row.ids) - row.n_prompt for row in chosen)
     for training, want in ((Training(), dpo), (Training(loss=SFT()), sft)):
-        with frozen(model.model):
+        with frozen_weights(model.model):
             task = Task(model, given, training, 1)
             v = HeadParameters(model, [at], training.noise, 42)
             v.parameters[0].data[0] = offset
@@ -116,7 +116,7 @@ def test_gradients_in_double_precision(loss: DPO | SFT, scale: bool) -> None:
     # GPT-2's norms compute in double precision; RMS norms go through float32
     model = HookedModel(build("gpt2").double(), tiny.tokenizer(), name="tiny double")
     training = Training(loss=loss, noise=0.1)
-    with frozen(model.model):
+    with frozen_weights(model.model):
         task = Task(model, examples(3), training, 1)
         assert task.replay.error < 1e-12
         v = HeadParameters(model, [(1, 0), (2, 3)], training.noise, 42)
@@ -238,7 +238,7 @@ def test_heads_that_do_not_exist_are_refused() -> None:
         fit_offsets(model, examples(), [], training=QUICK)
     with pytest.raises(ValueError, match="32 wide and the first ones 24"):
         fit_offsets(tiny.hooked("gemma4-text"), examples(), [(1, 0)], training=QUICK)
-    with pytest.raises(ValueError, match="mixes tokens|has attention heads|does not exist"):
+    with pytest.raises(ValueError, match="have no attention heads: give some of"):
         select_heads(tiny.hooked("jamba"), examples(), layers=[0], training=QUICK)
 
 
@@ -254,7 +254,7 @@ def test_steering_gives_the_logits_of_training(engine: str) -> None:
     v = HeadParameters(model, [(1, 1), (2, 3)], training.noise, 42)
     for layer, p in zip((1, 2), v.parameters, strict=True):
         p.data[0] = tuning.offsets[layer, {1: 1, 2: 3}[layer]]
-    with frozen(plain):
+    with frozen_weights(plain):
         task = Task(model, examples(), training, 1)
         with v.acting(scale=False), torch.no_grad():
             trained = task.answers(range(8)).chosen
@@ -352,6 +352,9 @@ def test_a_huge_penalty_leaves_noise_and_says_so() -> None:
     assert float(free.norms.max()) > begun
     assert "the ranking is noise" in found.notes[-1]
     assert not free.notes
+    short = Training(lr=5e-3, epochs=1, batch_size=24)  # every number moves by one step, no more
+    with pytest.warns(UserWarning, match="the ranking is noise"):
+        select_heads(model, examples(), training=short, l1=1e2, progress=False)
 
 
 def test_a_penalty_concentrates_the_norms() -> None:
@@ -394,8 +397,12 @@ def test_layers_left_out_are_not_ranked_and_lower_blocks_run_once() -> None:
     assert found.norms[0].isnan().all()
     assert found.first_layer == 1
     assert len(found.ranked) == 8
-    with pytest.raises(ValueError, match="none of the layers"):
+    last = select_heads(model, examples(), training=QUICK, layers=[-1, 0], progress=False)
+    assert {layer for layer, _ in last.ranked} == {0, model.n_layers - 1}
+    with pytest.raises(ValueError, match="site 7.head_out is out of range"):
         select_heads(model, examples(), training=QUICK, layers=[7], progress=False)
+    with pytest.raises(ValueError, match="have no attention heads"):
+        select_heads(model, examples(), training=QUICK, layers=[], progress=False)
 
 
 # The loop
@@ -412,6 +419,25 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
     assert torch.equal(a.tuning.curve.losses, b.tuning.curve.losses)
     assert all(torch.equal(a.offsets[at], b.offsets[at]) for at in a.offsets.heads)
     assert not torch.equal(a.selection.norms, c.selection.norms)
+
+
+@pytest.mark.parametrize("loss", [SFT(), DPO()])
+def test_the_loss_of_all_examples_has_no_batches(loss: SFT | DPO) -> None:
+    model = tiny.hooked("llama")
+    with frozen_weights(model.model):
+        task = Task(model, examples(), Training(loss=loss))
+        found = [task.loss(loss, size) for size in (1, 4, 32)]
+        whole = float(loss(task.answers(range(task.n))))
+    assert found == pytest.approx([whole] * 3, rel=1e-5)
+
+
+def test_what_validates_is_not_trained_on() -> None:
+    model, given = tiny.hooked("llama"), examples()
+    with pytest.raises(ValueError, match="is in training and validation: hold others back"):
+        fit_offsets(model, given, [(0, 0)], validation=given[:1], progress=False)
+    first, other = (Preference(p, "w1", "w2", "theft") for p in ("w3 w4", "w5"))
+    with pytest.raises(ValueError, match="the topic 'theft' is in training and validation"):
+        fit_offsets(model, [*given, first], [(0, 0)], validation=[other], progress=False)
 
 
 def test_patience_keeps_the_best_epoch() -> None:
@@ -439,7 +465,7 @@ def test_patience_keeps_the_best_epoch() -> None:
 def test_training_lowers_the_loss_and_the_rate_falls_to_zero() -> None:
     model = tiny.hooked("llama")
     training = Training(lr=0.05, epochs=10, batch_size=4)
-    with frozen(model.model):
+    with frozen_weights(model.model):
         task = Task(model, examples(), training)
         v = HeadParameters(model, all_heads(model.layout), training.noise, 42)
         steps: list[Tensor] = []
@@ -505,6 +531,10 @@ def test_results_are_saved_and_shown(tmp_path: Path) -> None:
     assert len(found.tuning.curve.frame()) == 4
     assert "12 heads ranked" in str(found.selection)
     assert "48 numbers trained in 4 steps" in str(found)
+    heads = found.frame()
+    assert heads["used"].sum() == 3 and list(heads["used"][:3]) == [True] * 3
+    assert len(found.tuning.frame()) == 3 and "<table" in found._repr_html_()
+    assert found.tuning.plot().get_xlabel() == found.plot().get_xlabel() == "head"
     axes = found.selection.plot()
     assert axes.get_xlabel() == "head"
     for drawn in (found.tuning.curve.plot(), found.selection.plot_losses()):

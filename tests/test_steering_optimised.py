@@ -236,6 +236,10 @@ def test_what_cannot_be_optimised_is_said(llama: HookedModel) -> None:
         call(max_norm=None)
     with pytest.raises(ValueError, match="kl_weight needs `neutral` prompts"):
         call(kl_weight=1.0)
+    late = Schedule("generated")
+    with pytest.raises(ValueError, match="kl_weight 1 with a schedule of generated tokens"):
+        call(kl_weight=1.0, neutral=["w3"], schedule=late)
+    call(kl_weight=1.0, neutral=["w3"], schedule=Schedule("prompt"), steps=1, tolerance=-9.0)
     with pytest.raises(ValueError, match="a target is empty"):
         call(targets="")
     with pytest.raises(ValueError, match="2 answers for 1 prompts"):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from probes import HookedModel, Site, capture
 from steering import steer
 from steering.iti import rank_rows
-from steering.pas import Alignment, align, fit_pas
+from steering.pas import Alignment, _random_units, align, fit_pas
 from steering.questionnaire import (
     POINTS,
     WORST,
@@ -179,7 +179,7 @@ def test_a_planted_head_is_the_best_reader() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = {layer: torch.randn(len(contrast), 4, 8, generator=generator) for layer in range(4)}
     rows[2][:, 1, 3] += 3.0 * contrast.positive
-    found = rank_rows(rows, contrast, n_layers=4, permutations=20)
+    found = rank_rows(rows, contrast, n_layers=4, permutations=200)
     assert found.top(1) == ((2, 1),)
     assert found.claimed.nonzero().tolist() == [[2, 1]]
 
@@ -293,6 +293,23 @@ def test_the_null_is_pushed_as_far(model: HookedModel, aligned: Alignment) -> No
     torch.testing.assert_close(aligned.unit.norm(dim=1), torch.ones(4))
 
 
+def test_random_halves_know_nothing_of_the_persona() -> None:
+    """The rows of an item carry both labels: halves of whole items hold the persona alike."""
+    generator = torch.Generator().manual_seed(0)
+    topics = [f"item {i // 4}" for i in range(120)]
+    label = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(30)
+    rows = torch.randn(120, 1, 64, generator=generator)
+    rows[:, 0, 0] += 10 * label
+    heads = torch.tensor([[0, 0]])
+
+    def along(topics: list[str]) -> float:
+        drawn = list(_random_units({0: rows}, heads, topics, 40, 0))[20:]
+        return max(abs(float(unit[0, 0])) for unit in drawn)
+
+    assert along([f"row {i}" for i in range(120)]) > 0.9  # the control: single rows
+    assert along(topics) < 0.5
+
+
 def test_an_alignment_folds_shows_itself_and_is_saved(
     model: HookedModel, aligned: Alignment, tmp_path: Path
 ) -> None:
@@ -323,4 +340,6 @@ def test_an_effect_is_claimed_below_chance_only(aligned: Alignment) -> None:
     found = replace(aligned, plain=plain, steered=better, null=chance)
     assert found.claimed and "an effect" in str(found)
     assert not replace(found, null=chance - 1.2).claimed  # chance does as well
+    few = replace(found, null=chance[:19])
+    assert few.claimed is None and "too few for a claim" in str(few)
     assert not replace(found, steered=plain + 0.5).claimed

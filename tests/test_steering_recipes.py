@@ -391,6 +391,36 @@ def test_random_vectors_are_of_two_kinds_and_one_norm(
     assert all(torch.equal(a[PLANTED], b[PLANTED]) for a, b in zip(one, two, strict=True))
 
 
+def test_axes_are_those_along_which_the_data_vary() -> None:
+    """4 + 4 prompts vary inside their classes along 6 axes at most, so 7 rows with the mean."""
+    high, low = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    found = mean_and_axes(high, low, 7)
+    assert found.shape == (7, 32)
+    unit = found[1:] / found[1:].norm(dim=1, keepdim=True)
+    within = torch.cat([high - high.mean(0), low - low.mean(0)]).double()
+    assert float((within @ unit.T).norm(dim=0).min()) > 0.1  # a row of the null space gives 0
+    for rank in (8, 9, 10):
+        with pytest.raises(
+            ValueError, match=rf"{rank - 1} axes across it .* vary along 6: ask for"
+        ):
+            mean_and_axes(high, low, rank)
+    assert torch.equal(mean_and_axes(high, low, 1)[0], (high.double() - low.double()).mean(0))
+    assert axes_of_pairs(high, low, 4).shape == (4, 32)
+    twice = [0, 1, 2, 0]  # a pair given twice is no axis of its own
+    with pytest.raises(ValueError, match="4 axes of the paired differences .* vary along 3"):
+        axes_of_pairs(high[twice], low[twice], 4)
+
+
+def test_rows_point_to_the_positive_class_where_the_means_differ(aligned: HookedModel) -> None:
+    _, rows, contrast = planted_pairs()
+    acts, high = given(rows), contrast.positive
+    for axes, apart in ((axes_of_pairs, 3), (mean_and_axes, 1)):
+        basis = train_subspace(aligned, contrast, SITE, 3, axes=axes, activations=acts)[SITE]
+        gap = (rows[high].mean(0) - rows[~high].mean(0)) @ basis.T
+        assert (gap[:apart] > 1e-4).all()
+        assert bool((gap[apart:].abs() < 1e-5).all())  # of no sign
+
+
 def test_halves_of_topics_hold_none_of_the_concept(aligned: HookedModel) -> None:
     v, rows, contrast = planted_pairs(n=200)
     rows = rows + 3 * v * torch.tensor([1.0, -1.0]).repeat(200)[:, None]

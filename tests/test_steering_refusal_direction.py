@@ -16,6 +16,7 @@ from probes.lineage.organism import Organism
 from probes.refusals import refuses
 from probes.scores import wilson
 from probes.sites import Site
+from steering import refusal_direction
 from steering.first_token import FirstToken
 from steering.judges import first_tokens, refusal_log_odds
 from steering.nulls import random_vectors
@@ -139,6 +140,28 @@ def test_screening_finds_the_same(
     assert sorted(set(quick.scored.flatten().tolist())) == [0, 4, int(found.scored.max())]
     at = found.position, found.layer
     assert float(quick.bypass[at]) == pytest.approx(float(found.bypass[at]), abs=1e-9)
+
+
+def test_more_finalists_are_scored_until_one_passes(
+    models: dict[str, HookedModel],
+    parts: dict[str, Contrast],
+    found: RefusalDirection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def worst(table: torch.Tensor, n: int, *_: float) -> list[tuple[int, int]]:
+        """What a screen of few prompts may say at its unluckiest."""
+        known = [tuple(at) for at in table[0].isfinite().nonzero().tolist()]
+        return sorted(known, key=lambda at: -float(table[0][at]))[:n]
+
+    monkeypatch.setattr(refusal_direction, "shortlist", worst)
+    late = search(models["aligned"], parts, screen=4, finalists=1)
+    assert (late.position, late.layer) == (found.position, found.layer)
+    at = found.position, found.layer
+    assert float(late.bypass[at]) == pytest.approx(float(found.bypass[at]), abs=1e-9)
+    with pytest.raises(ValueError, match=r"no candidate passes: of 4 scored on all"):
+        search(models["aligned"], parts, screen=4, finalists=1, min_induce=50.0)
+    with pytest.raises(ValueError, match="0 finalists: give 1 or more"):
+        search(models["aligned"], parts, finalists=0)
 
 
 @pytest.mark.parametrize("seed", range(5))

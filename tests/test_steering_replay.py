@@ -1,5 +1,7 @@
 """Passes that start in the middle of a model: the same numbers and gradients as whole ones."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -7,13 +9,14 @@ from architectures import ARCHITECTURES, EXTRA, ORDINARY_TOKENS
 from torch import Tensor
 
 from probes import HookedModel
-from probes.engines import Edit
+from probes.engines import Batch, Edit
+from probes.engines.modes import frozen_weights
 from probes.prompts import Rendered
 from probes.sites import Site
 from steering import replay as replays
 from steering.head_parameters import HeadParameters
 from steering.preferences import Preference, encode
-from steering.replay import Pass, Replay, frozen
+from steering.replay import Pass, Replay
 from steering.rows import Rows
 
 FALLS_BACK = {"gemma4-text", "gemma4-conditional"}
@@ -62,7 +65,7 @@ def test_replay_equals_whole_passes_and_gradients(name: str) -> None:
                 )
             continue
         v = HeadParameters(model, [(layer, 1) for layer in trained], 0.3, 42)
-        with frozen(model.model), v.acting(scale=False):
+        with frozen_weights(model.model), v.acting(scale=False):
             mine, theirs = replay.logprobs(range(len(given))), plainly(model, given)
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
             a = torch.autograd.grad(mine.sum(), v.parameters)
@@ -81,6 +84,22 @@ def test_a_replay_from_the_wrong_block_is_not_used(monkeypatch: pytest.MonkeyPat
     assert replay.first == 0
     assert "cannot be entered at block 2" in replay.notes[0]
     assert "relative error" in replay.notes[0]
+    with torch.no_grad():
+        torch.testing.assert_close(replay.all_logprobs(), plainly(model, given))
+
+
+def test_rows_that_cannot_be_packed_are_padded_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.hooked("llama")
+    given, logits = sequences(model), Pass.logits
+
+    def wrong(self: Pass, batch: Batch, *a: Any, **k: Any) -> Tensor:
+        return logits(self, batch, *a, **k) + 0.01 * (batch.visible is not None)
+
+    assert Replay(model, given, 1).packed
+    monkeypatch.setattr(Pass, "logits", wrong)
+    replay = Replay(model, given, 1)
+    assert (replay.first, replay.packed) == (1, False)
+    assert "does not read several sequences in one row" in replay.notes[0]
     with torch.no_grad():
         torch.testing.assert_close(replay.all_logprobs(), plainly(model, given))
 
@@ -115,7 +134,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [p.requires_grad for p in model.model.parameters()]
     state = {name: t.clone() for name, t in model.model.state_dict().items()}
     replay = Replay(model, sequences(model), 2)
-    with frozen(model.model):
+    with frozen_weights(model.model):
         assert not any(p.requires_grad for p in model.model.parameters())
         replay.logprobs([0, 1])
     after = [

@@ -16,8 +16,19 @@ from torch import Tensor
 from probes import HookedModel, Site, capture
 from probes.lineage import organism as organisms
 from probes.lineage.organism import Organism
-from probes.prompts import Prompt
-from steering import Origin, Scale, Schedule, Steering, SteeringVector, costs, effects
+from probes.prompts import Prompt, prompts_hash
+from probes.results import Record
+from steering import (
+    Condition,
+    Origin,
+    Scale,
+    Schedule,
+    Steering,
+    SteeringVector,
+    cells,
+    costs,
+    effects,
+)
 from steering.cells import Cells, measure_key
 from steering.costs import Reference
 from steering.effects import Measure
@@ -140,6 +151,8 @@ def test_removing_it_is_claimed_as_a_fall(
     assert found.value[0, 0] < 0.05 and found.high[0, 0] < -0.8
     few = replace(found, null=found.null[..., :19], kinds=found.kinds[:19])
     assert not few.claimed.any()  # too few to claim anything
+    mixed = replace(found, kinds=("one",) * 10 + ("other",) * 10)
+    assert not mixed.claimed.any()  # of no kind are there enough for a 95th percentile
     control = Grid(
         grid.vectors, [1.0], operations=["ablate"], nulls={**grid.nulls, "same": [planted]}
     )
@@ -283,6 +296,63 @@ def test_nulls_have_the_norm_of_what_is_tested(llama: HookedModel) -> None:
         matched(null.at("0-1.resid_post"), v)
 
 
+def test_a_grid_without_cells_is_refused(llama: HookedModel) -> None:
+    for left in ({"strengths": []}, {"strengths": {"add": []}}, {"sites": []}):
+        with pytest.raises(ValueError, match="no setting is left to sweep"):
+            Grid(**{"vectors": {"a": several(llama)}, "strengths": [1.0], **left})
+
+
+def test_only_operations_that_add_have_the_unit(llama: HookedModel) -> None:
+    v = several(llama)
+    grid = Grid({"v": v}, [0.5], ["1.resid_post"], ["add", "ablate"], unit="sigma")
+    frame = sweep(llama, grid, {"logit": logit}, progress=False).frame()
+    assert dict(zip(frame["operation"], frame["unit"], strict=True)) == {
+        "add": "sigma", "ablate": "share",
+    }  # fmt: skip
+
+
+def test_the_record_says_condition_and_prompts(llama: HookedModel) -> None:
+    v, prompts = several(llama), ["w1 w2", "w3"]
+    unit = v["0.resid_post"] / v.norm("0.resid_post")
+    condition = Condition(Site(0, "resid_post"), unit, 0.25)
+    measures = {"odds": partial(effects.refusal_odds, prompts=prompts, openers=("w1",))}
+    reference = Reference.of(llama, prompts, 2)
+
+    def record(**options: object) -> Record:
+        grid = Grid({"v": v.at("1.resid_post")}, [1.0], **options)  # pyright: ignore[reportArgumentType]
+        kl = {"kl": partial(costs.kl, reference=reference), "own": logit}
+        return sweep(llama, grid, measures, kl, progress=False).record
+
+    plain, gated = record(), record(condition=condition)
+    assert plain.settings["condition"] == "None"
+    assert "threshold=0.25" in gated.settings["condition"]
+    said = prompts_hash(llama.template.render_all(prompts))
+    assert plain.prompts_hash == said
+    assert plain.settings["prompts"] == {"odds": said, "kl": reference.key, "own": ""}
+
+
+def test_groups_are_named_by_their_measure(llama: HookedModel) -> None:
+    topics = ["a", "a", "b", "b", "c", "c"]
+    sweep(llama, small(llama), {"logit": logit}, groups={"logit": topics}, progress=False)
+    with pytest.raises(ValueError, match=r"groups are given for 'logits' and the measures are 'lo"):
+        sweep(llama, small(llama), {"logit": logit}, groups={"logits": topics}, progress=False)
+
+
+def test_only_a_rate_of_zeros_has_width(llama: HookedModel) -> None:
+    def none(model: HookedModel, what: Steering | None) -> Tensor:
+        return torch.zeros(10)
+
+    def width(measure: Measure) -> float:
+        found = sweep(llama, small(llama), {"m": measure}, progress=False)
+        return float((found.high - found.low)[-1, 0])
+
+    assert width(none) == 0
+    none.rate = True  # pyright: ignore[reportFunctionMemberAccess]
+    assert width(partial(none)) > 0.1
+    never = partial(costs.benign_refusals, prompts=tiny.words(4, 1), tokens=2)
+    assert width(never) > 0.1
+
+
 # --- measurements kept --------------------------------------------------------------------------
 
 WORDS = tiny.words(6, seed=8)
@@ -333,6 +403,25 @@ def test_only_what_is_missing_is_run(llama: HookedModel, tmp_path: Path) -> None
     costly = passes(llama, grid, given, {"cost": counted}, folder=tmp_path)
     assert costly == (17 + 5, 17)
     assert passes(llama, grid, given, {"cost": counted}, null_costs=True).total == 34
+
+
+def test_another_release_measures_anew(
+    llama: HookedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, given = small(llama), {"logit": logit}
+    sweep(llama, grid, given, folder=tmp_path, progress=False)
+    assert passes(llama, grid, given, folder=tmp_path) == (17, 17)
+    other = {**cells.versions(), "torch": "0.1"}
+    monkeypatch.setattr(cells, "_versions", lambda: other)
+    assert passes(llama, grid, given, folder=tmp_path) == (17, 0)
+
+
+@pytest.mark.parametrize("act", [sweep, passes])
+def test_a_steered_model_is_not_swept(llama: HookedModel, act: Callable) -> None:
+    edits = Steering(several(llama), 1.0).edits(llama)
+    with llama.edit(edits), pytest.raises(ValueError, match="edits are in force on .*a sweep"):
+        act(llama, small(llama), {"logit": logit})
+    assert passes(llama, small(llama), {"logit": logit}).total == 17
 
 
 def _of(model: HookedModel) -> Grid:

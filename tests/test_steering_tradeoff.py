@@ -276,6 +276,8 @@ def test_null_of_random_directions(planted: Tradeoff) -> None:
         False
     )
     assert fit(given, window=(0.1, 0.3), chosen=at, null=[still] * 4, resamples=20).claimed is None
+    unchosen = fit(given, window=(0.1, 0.3), null=[still] * 20, resamples=20)
+    assert unchosen.claimed is None and len(unchosen.null_gain) == 0
     cut = {name: getattr(still, name)[:, :9] for name in ("full", "four", "change", "gaps")}
     fewer = dataclasses.replace(still, **cut)
     with pytest.raises(ValueError, match="were measured at other strengths, prompts or items"):
@@ -299,7 +301,10 @@ def test_saved_drawn_and_said(planted: Tradeoff, tmp_path: Path) -> None:
     assert len(frame) == 13
     assert {"strength", "B_low", "P4_fit", "gap_sd", "null_change_P_95"} <= set(frame.columns)
     assert list(planted.laws()["estimate"]) == list(ESTIMATES)
-    assert planted.comparison().shape == (3, 4)
+    compared = planted.comparison()
+    assert compared.shape == (3, 8)
+    assert torch.allclose(planted.support.sum(1), torch.ones(3, dtype=torch.float64))
+    assert compared.loc["B", "share_constant"] == 0.0
     assert "B slope" in str(planted)
     axes = planted.plot()
     assert len(axes.get_figure().axes) == 4  # pyright: ignore
@@ -358,6 +363,17 @@ def test_at_zero_the_unsteered_numbers_bit_for_bit(
     assert found.gaps[1].isnan().all()
     assert (found.change[[0, 2]] > 0).all()
     assert not torch.equal(found.full[0], found.full[1])
+    asked: list[int] = []
+
+    def counted(model: HookedModel, given: list[str]) -> Tensor:
+        asked.append(len(given))
+        return odds_of_w(model, given)
+
+    known = measure(
+        llama, vector, (0.5,), prompts, items, labels=counted, unsteered=found.labels[1],
+        progress=False,
+    )  # fmt: skip
+    assert asked == [8] and torch.equal(known.labels, found.labels[1:])  # 0 is not read again
     again = measure(llama, vector, (), prompts, items, labels=odds_of_w, progress=False)
     assert torch.equal(again.full[0], found.full[1])  # and nothing was left behind
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import hooked
+from tiny import hooked, tokenizer
 from torch import Tensor
 
 from probes import HookedModel, Site
 from steering import Condition, HeadOffsets, Origin, Schedule, Steering, SteeringVector, steer
 from steering.artefact import FORMAT
-from steering.edits import Scale
+from steering.edits import Scale, function_of
 
 A, B = Site(1, "resid_post"), Site(2, "attn_out")
 
@@ -204,6 +205,176 @@ def test_another_model_is_refused_and_another_checkpoint_is_welcome(llama: Hooke
     with pytest.raises(ValueError, match="0.resid_mid does not exist here"):
         with steer(hooked("gpt-neox"), missing):
             pass
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "stablelm"])
+def test_equal_sizes_of_another_architecture_are_no_home(kind: str) -> None:
+    """Four families at one size: hidden dimensions of one mean nothing in another."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=200, intermediate_size=96, num_key_value_heads=2, **sizes
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    other = HookedModel(model, tokenizer(), name=f"tiny {kind}")
+    assert Origin.of(other).shape == origin().shape  # the control: sizes alone do not tell
+    for what in (vector(), offsets()):
+        with pytest.raises(
+            ValueError, match=rf"tiny llama \(llama, 3 .* is tiny {kind} \({kind}, 3"
+        ):
+            steer(other, what)
+        unknown = dataclasses.replace(what, origin=origin(model_type=""))
+        with steer(other, unknown):  # nothing is claimed where nothing is known
+            pass
+    there = SteeringVector({A: drawn(64)}, Origin.of(other))
+    with pytest.raises(ValueError, match=rf"tiny llama \(llama, .* {kind} \({kind}, .* different"):
+        vector(A) + there
+
+
+def test_a_file_that_does_not_say_its_architecture_is_read(tmp_path: Path) -> None:
+    path = vector().save(tmp_path / "v.safetensors")
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata()["model_type"] == "llama"
+    old = SteeringVector.load(rewritten(path, {"model_type": None}))
+    assert old.origin == origin(model_type="")
+    with steer(hooked(), old):
+        pass
+    assert (old + vector()).sites == (A, B)
+
+
+def test_a_language_model_out_of_a_multimodal_one_is_the_same_architecture() -> None:
+    assert Origin.of(hooked("gemma3-conditional")).model_type == "gemma3_text"
+    assert Origin.of(hooked("gemma3-text")).model_type == "gemma3_text"
+
+
+# --- strengths, values and widths ---
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf")])
+def test_a_strength_is_a_finite_number(llama: HookedModel, strength: float) -> None:
+    for what in (vector(), offsets(), vector().doing("add_keep_norm")):
+        with pytest.raises(ValueError, match="strength .* is (nan|-?inf): give a finite number"):
+            steer(llama, what, strength)
+    with pytest.raises(ValueError, match="of ablate: expected the share of the full operation"):
+        steer(llama, vector().doing("ablate"), strength)
+
+
+def test_what_mixes_takes_a_share(llama: HookedModel) -> None:
+    plane = SteeringVector({A: drawn(2, 64)}, origin(), "ablate")
+    for mixing in (
+        plane,
+        plane.doing("clamp", torch.zeros(2)),
+        plane.doing("affine", drawn(64)),
+        plane.doing("rotate", 30.0),
+        plane.doing("rotate_toward", 30.0),
+    ):
+        for wrong in (-0.1, 1.01):
+            with pytest.raises(
+                ValueError, match=rf"strength {wrong} of {mixing.operation}: .* 0 to 1"
+            ):
+                steer(llama, mixing, wrong)
+        for share in (0.0, 0.5, 1.0):
+            with steer(llama, mixing, share):
+                pass
+    with steer(llama, vector(), -40.0):  # the control: what is added has no such bound
+        pass
+
+
+@pytest.mark.parametrize(
+    ("operation", "value", "message"),
+    [
+        (
+            "clamp",
+            2.0,
+            r"of clamp at 1.resid_post has shape \[1\], expected one number a row, \[3\]",
+        ),
+        ("clamp", torch.zeros(2), r"has shape \[2\], expected one number a row, \[3\]"),
+        (
+            "clamp",
+            torch.tensor([0.0, torch.nan, 0.0]),
+            "the value of clamp at 1.resid_post holds 1",
+        ),
+        ("affine", torch.zeros(3), r"of affine .* has shape \[3\], expected a mean, \[64\]"),
+        ("affine", 1.0, r"of affine .* has shape \[\], expected a mean, \[64\]"),
+        ("rotate", torch.zeros(2), r"of rotate .* has shape \[2\], expected one angle in degrees"),
+        ("rotate_toward", torch.zeros(2), "expected one angle in degrees"),
+    ],
+)
+def test_a_value_has_the_shape_its_operation_takes(
+    operation: str, value: Tensor | float, message: str
+) -> None:
+    rows = drawn(2 if operation.startswith("rotate") else 3, 64)
+    subspace = SteeringVector({A: rows}, origin(), "ablate")
+    with pytest.raises(ValueError, match=message):
+        subspace.doing(operation, value)
+    if isinstance(value, Tensor):
+        with pytest.raises(ValueError, match=message):
+            SteeringVector({A: rows}, origin(), operation, {A: value})
+    assert vector(A).doing("clamp", 2.0).values[A].tolist() == [2.0]
+    assert subspace.doing("affine", drawn(64)).values[A].shape == (64,)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_a_vector_is_as_wide_as_the_head_it_stands_at(llama: HookedModel, part: str) -> None:
+    site = Site(1, part, 0)
+    for width in (1, 15):
+        narrow = SteeringVector({site: drawn(width)}, origin())
+        with pytest.raises(ValueError, match=f"at 1.{part}.0 has width {width}, tiny llama has 16"):
+            steer(llama, narrow)
+    with steer(llama, SteeringVector({site: drawn(16)}, origin())):
+        pass
+
+
+def test_conditions_are_checked_at_the_door(llama: HookedModel) -> None:
+    def gate(site: Site, width: int = 64) -> Condition:
+        return Condition(site, torch.eye(width)[0], 0.1)
+
+    last = vector(Site(2, "mlp_out"))
+    with pytest.raises(ValueError, match="read at 1.head_out, which has several heads: name one"):
+        steer(llama, last, condition=gate(Site(1, "head_out"), 16))
+    with pytest.raises(ValueError, match="a condition cannot be read at 1.remainder"):
+        steer(llama, last, condition=gate(Site(1, "remainder")))
+    with pytest.raises(ValueError, match="site -4.resid_post is out of range"):
+        steer(llama, last, condition=gate(Site(-4, "resid_post")))
+    written = []
+    for layer in (-2, 1):  # the same layer, counted from both ends
+        condition = gate(Site(layer, "resid_post"))
+        with steer(llama, last, 5.0, condition=condition):
+            written.append(llama.generate_ids(["w1 w2 w3", "w9"], 6))
+    assert written[0] == written[1]
+    everywhere = vector(A).everywhere(llama)
+    with pytest.raises(ValueError, match="read at 1.resid_post, after the edit at 0.resid_pre"):
+        steer(llama, everywhere, condition=gate(A))
+    with steer(llama, everywhere, condition=gate(Site(0, "resid_pre"))):
+        pass
+
+
+def test_every_operation_casts_its_vectors_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plane = SteeringVector({A: drawn(2, 64)}, origin(), "ablate")
+    h = drawn(2, 3, 64).double()
+    for made in (
+        vector(A),
+        vector(A).doing("add_keep_norm"),
+        plane,
+        plane.doing("clamp", torch.ones(2)),
+        plane.doing("affine", drawn(64, seed=4)),
+        plane.doing("rotate", 30.0),
+    ):
+        function = function_of(made.operation, made[A], made.values.get(A))
+        first = function(h, 0.5)
+        casts = []
+        to = Tensor.to
+
+        def counting(self: Tensor, *given, casts=casts, to=to, **more) -> Tensor:
+            new = to(self, *given, **more)
+            casts.extend([self] * (new is not self))
+            return new
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "to", counting)
+            assert torch.equal(function(h, 0.5), first)
+            assert [t.shape for t in casts if t.shape[-1:] == (64,)] == []
+            function(h.float().bfloat16(), 0.5)  # the control: another dtype is cast
+        assert casts
 
 
 # --- files ---

@@ -14,15 +14,9 @@ from probes import HookedModel, Site, capture
 from probes.engines import ENGINES, Batch
 from probes.sites import Unsupported
 from steering import HeadOffsets, Origin, SteeringVector, steer
+from steering.copies import TOLERANCE, Agreement, agreement
 from steering.edits import Scale
-from steering.weights import (
-    TOLERANCE,
-    Agreement,
-    agreement,
-    fold_offsets,
-    fold_vector,
-    orthogonalise,
-)
+from steering.weights import fold_offsets, fold_vector, orthogonalise
 from steering.writers import Writers, check_plain
 
 POST_NORMS = {
@@ -298,12 +292,92 @@ def test_strength_0_gives_the_same_bits(llama: HookedModel) -> None:
         assert edited.model is not llama.model
 
 
-def test_half_precision_agrees_to_its_own_rounding() -> None:
-    model = HookedModel(build("llama").bfloat16(), tokenizer())
-    edited = orthogonalise(model, drawn(64))
-    assert edited.dtype == torch.bfloat16
-    found = agreement(model, [], edited)
-    assert not found.holds  # the control: other logits than without the edit
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers, also those that no checkpoint holds."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-oss", "jamba"])
+def test_a_half_precision_copy_is_the_edit_in_float32_rounded_once(
+    name: str, dtype: torch.dtype
+) -> None:
+    half = build(name).to(dtype)
+    for module in half.modules():  # as a checkpoint is loaded: frequencies keep their precision
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = module.inv_freq.float() * 1.0001
+    model = HookedModel(half, tokenizer())
+    before = {key: t.clone() for key, t in own_tensors(half).items()}
+    wide = copy.deepcopy(half)
+    for tensor in (*wide.parameters(), *wide.buffers()):
+        tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+    whole = HookedModel(wide, tokenizer())
+    unit = drawn(model.d_model)
+    offsets = HeadOffsets(
+        {(1, 0): drawn(model.layout.blocks[1].widths["head_out"])}, Origin.of(model)
+    )
+    pairs = (
+        (orthogonalise(model, unit), orthogonalise(whole, unit)),
+        (fold_offsets(model, offsets), fold_offsets(whole, offsets)),
+    )
+    for edited, exact in pairs:
+        found, expected = own_tensors(edited.model), own_tensors(exact.model)
+        assert found.keys() == expected.keys()
+        for key, tensor in found.items():
+            kind = before[key].dtype if key in before else dtype  # a bias or head of its own
+            assert tensor.dtype == kind, key
+            assert torch.equal(tensor, expected[key].to(kind)), key
+        tied = [
+            m.get_output_embeddings().weight is m.get_input_embeddings().weight
+            for m in (edited.model, exact.model)
+        ]
+        assert tied[0] == tied[1]
+        assert edited.dtype == dtype
+    after = own_tensors(half)
+    assert all(
+        torch.equal(after[key], t) and after[key].dtype == t.dtype for key, t in before.items()
+    )
+
+
+def test_correct_edits_of_a_real_model_in_half_precision_are_taken(base: HookedModel) -> None:
+    """Rounding alone moves some of these logits by more than an eighth."""
+    half = HookedModel.load("builtin:base", device="cpu", dtype="bfloat16")
+    sites = [f"{layer}.resid_post" for layer in (8, 14, 24)]
+    acts = capture(base, ["Tell me a joke.", "How do I boil an egg?"], sites, progress=False)
+    unit_of = {site: acts[site][0] - acts[site][1] for site in sites}
+    frequencies = half.model.get_submodule("model.rotary_emb").inv_freq
+    for site in sites:
+        edited = orthogonalise(half, unit_of[site])
+        assert edited.dtype == torch.bfloat16
+        kept = edited.model.get_submodule("model.rotary_emb").inv_freq
+        assert kept.dtype == torch.float32 and torch.equal(kept, frequencies)
+        exact = orthogonalise(base, unit_of[site]).model.get_submodule(
+            "model.layers.3.mlp.down_proj"
+        )
+        rounded = edited.model.get_submodule("model.layers.3.mlp.down_proj")
+        assert (
+            float((rounded.weight - exact.weight).detach().norm() / exact.weight.detach().norm())
+            < 0.003
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_left_undone_is_refused_however_little_it_does(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = HookedModel(build("llama").to(dtype), tokenizer())
+    vector, faint = drawn(64), vector_at(model, "1.resid_post", size=1e-3)
+    shares = (1.0, 0.01, 5e-5)
+    for share in shares:  # the control: done, all of them hold
+        orthogonalise(model, vector, share)
+    fold_vector(model, faint)
+    monkeypatch.setattr("steering.weights._project_out", lambda *_: None)
+    monkeypatch.setattr("steering.weights._fold_site", lambda *_: None)
+    for share in shares:
+        with pytest.raises(RuntimeError, match="differ from the live edit"):
+            orthogonalise(model, vector, share)
+    with pytest.raises(RuntimeError, match="differ from the live edit"):
+        fold_vector(model, faint)
 
 
 def test_a_copy_that_does_something_else_is_an_error(
@@ -364,7 +438,18 @@ def test_quantised_offloaded_and_adapted_weights_are_refused() -> None:
 def test_an_agreement_says_its_numbers() -> None:
     found = Agreement(2e-6, TOLERANCE, 0.7)
     assert found.holds and not Agreement(2e-4, TOLERANCE, 0.7).holds
-    assert "2.0e-06 of the logits' norm (allowed 1e-04)" in str(found)
+    assert "2.0e-06 of the logits' norm (allowed 1e-04, and half of what" in str(found)
+    assert not Agreement(6e-5, TOLERANCE, 6e-5).holds  # as a copy that was not edited
+    assert Agreement(2e-5, TOLERANCE, 6e-5).holds
+    assert Agreement(8e-7, TOLERANCE, 1e-9).holds  # rounding, beside an edit that does nothing
+
+
+def test_models_of_half_precision_are_compared_with_their_rounding() -> None:
+    model = HookedModel(build("llama").bfloat16(), tokenizer())
+    edited = orthogonalise(model, drawn(64))
+    vector = SteeringVector({Site(0, "resid_post"): drawn(64)}, Origin.of(model))
+    assert agreement(model, vector.everywhere(model).edits(model), edited).holds
+    assert not agreement(model, [], edited).holds  # the control: other logits than without
 
 
 def test_smollm2(base: HookedModel) -> None:

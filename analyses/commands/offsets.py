@@ -30,6 +30,9 @@ def offsets(
     alpha: Annotated[float, typer.Option(help="iti: strength in standard deviations.")] = 5.0,
     topics: Annotated[int, typer.Option(help="Topics of the shipped data to learn from.")] = 96,
     tried: Annotated[int, typer.Option(help="Shipped test topics it is tried on; 0: none.")] = 20,
+    random: Annotated[
+        int, typer.Option(help="Random offsets of the same norms that it is compared with.")
+    ] = 20,
     permutations: Annotated[int, typer.Option(help="iti: label shuffles of the null.")] = 200,
     out: Annotated[Path, typer.Option(help="Folder for offsets, figures and table.")] = Path(
         "offsets"
@@ -69,7 +72,11 @@ def offsets(
     if dry_run:
         work = f"{2 * epochs} rounds over" if method == "lofit" else "one reading of"
         given = f"the examples of {data}" if data else f"{2 * topics} shipped prompts"
-        typer.echo(f"{work} {given}, {4 * tried} answers of 12 tokens")
+        typer.echo(
+            f"{work} {given}; {4 * tried} answers of 12 tokens and {(random + 2) * tried} first "
+            f"tokens; about 40 tokens each; memory: the model, and the hidden states of the "
+            f"examples once; disk: about 1 MB in {out}"
+        )
         return
     contrast = None
     if method == "iti":
@@ -106,15 +113,24 @@ def offsets(
     made.save(out / "offsets.safetensors")
     files.write_text(out / "table.csv", table.to_csv(index=False))
     rates = _rates(loaded, applied, tried) if tried else {}
-    files.write_json(out / "rates.json", rates)
+    change = _change(loaded, applied, tried, random, seed) if tried > 1 else {}
+    files.write_json(out / "rates.json", {**rates, "log-odds": change})
     if as_json:
-        typer.echo(json.dumps({"result": str(result), "rates": rates}))
+        typer.echo(json.dumps({"result": str(result), "rates": rates, "log-odds": change}))
         return
     typer.echo(str(result))
     for name, row in rates.items():
         typer.echo(
             f"{name:>8} refused: {row['before'][0]:.0%} before, {row['after'][0]:.0%} "
             f"[{row['after'][1]:.0%}, {row['after'][2]:.0%}] after, {row['n']} test prompts"
+        )
+    if change:
+        null = change["null"]
+        beside = f"; random offsets {min(null):.2f} to {max(null):.2f}" if null else ""
+        value, low, high = change["change"]
+        typer.echo(
+            f"refusal log-odds of harmful prompts change by {value:.2f} [{low:.2f}, {high:.2f}] "
+            f"nats{beside}"
         )
     typer.echo(f"{applied}: {out}")
 
@@ -124,9 +140,9 @@ def _rates(model: "HookedModel", applied: "Steering", topics: int) -> dict:
     from probes import datasets
     from probes.scores import wilson
     from steering.effects import refusals
+    from steering.refusal_task import evenly
 
-    rows = datasets.twins("test")
-    rows = rows[:: max(1, len(rows) // topics)][:topics]
+    rows = evenly(datasets.twins("test"), topics)
     found = {}
     for kind in ("harmful", "harmless"):
         prompts = [row[kind] for row in rows]
@@ -137,3 +153,27 @@ def _rates(model: "HookedModel", applied: "Steering", topics: int) -> dict:
         found[kind] = {name: list(interval) for name, interval in rate.items()}
         found[kind]["n"] = len(prompts)
     return found
+
+
+def _change(
+    model: "HookedModel", applied: "Steering", topics: int, random: int, seed: int
+) -> dict[str, list[float]]:
+    """Change of the refusal log-odds of harmful test prompts in nats, and that of random offsets."""
+    from probes import datasets
+    from steering.first_token import FirstToken
+    from steering.intervals import change_interval
+    from steering.judges import first_tokens, log_odds
+    from steering.offsets import HeadOffsets
+    from steering.refusal_task import evenly
+
+    rows = evenly(datasets.twins("test"), topics)
+    readout, tokens = FirstToken(model, [row["harmful"] for row in rows]), first_tokens(model)
+    before = log_odds(readout([]), tokens)
+    after = log_odds(readout(applied.edits(model)), tokens)
+    found = change_interval(after[:, None], before, [row["topic"] for row in rows])
+    assert isinstance(applied.what, HeadOffsets)
+    null = []
+    for other in applied.what.randomised(random, seed):
+        moved = dataclasses.replace(applied, what=other).edits(model)
+        null.append(float((log_odds(readout(moved), tokens) - before).mean()))
+    return {"change": [float(limit[0]) for limit in found], "null": null}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from analyses.commands.measures import splits_of
+
 if TYPE_CHECKING:
     from steering.recipes import Recipe
 
@@ -21,17 +23,27 @@ def steer(
     ] = None,
     site: Annotated[
         str | None,
-        typer.Option(help="Where: '20.resid_post', or several sites separated by spaces."),
+        typer.Option(
+            help="Where: '20.resid_post', or several sites separated by spaces. Default: the "
+            "residual stream at five eighths of the depth, or the sites of the saved vector."
+        ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="mean, pca, logistic, lda or whitened.")] = "mean",
-    positions: Annotated[str, typer.Option(help="Where prompts are read.")] = "last",
-    topics: Annotated[int, typer.Option(help="At most this many topics.")] = 100,
+    recipe: Annotated[
+        str | None, typer.Option(help="mean, pca, logistic, lda or whitened. Default: mean.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Where prompts are read. Default: last.")
+    ] = None,
+    topics: Annotated[
+        int | None, typer.Option(help="At most this many training topics. Default: 100.")
+    ] = None,
     vector: Annotated[
         Path | None, typer.Option(help="A saved vector, instead of training one.")
     ] = None,
     operation: Annotated[
-        str, typer.Option(help="add, add_keep_norm or ablate; of a saved vector: its own.")
-    ] = "add",
+        str | None,
+        typer.Option(help="add, add_keep_norm or ablate. Default: add, or the saved vector's own."),
+    ] = None,
     strength: Annotated[
         float | None, typer.Option(help="How strong, in the unit; negative: the other way.")
     ] = None,
@@ -54,7 +66,7 @@ def steer(
     prompts: Annotated[Path | None, typer.Option(help="File of prompts to try it on.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 32,
     out: Annotated[Path, typer.Option(help="Folder for vector, figure and table.")] = Path("steer"),
-    seed: Annotated[int, typer.Option(help="Seed of draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of splits and draws.")] = 0,
     engine: Annotated[str, typer.Option(help="transformers, transformer_lens or nnsight.")] = (
         "transformers"
     ),
@@ -66,12 +78,14 @@ def steer(
 ) -> None:
     """Train a steering vector, save it, and show answers before and after.
 
+    It is trained on the training topics alone, three of five of a file, so that `alignlens sweep`
+    with the same --topics and --seed can test it on others.
+
     \b
     alignlens steer builtin:aligned --site 20.resid_post --kl 0.05
     alignlens steer org/model pairs.jsonl --site "8-12.resid_post" --strength 2 --prompt "Hello"
     alignlens steer org/model --vector steer/vector.safetensors --strength -1
     """
-    from analyses.commands.sweep import site_texts, training
     from probes import datasets, figures, files
     from probes.contrast import Contrast
     from probes.model import HookedModel
@@ -87,11 +101,18 @@ def steer(
         raise ValueError("--backwards goes with --kl: give a negative --strength instead")
     if vector is not None and contrast is not None:
         raise ValueError(f"a saved vector ({vector}) is used as it is: give no contrast with it")
+    training = {"recipe": recipe, "positions": positions, "topics": topics}
+    if vector is not None and (said := [f"--{k}" for k, v in training.items() if v is not None]):
+        raise ValueError(
+            f"{', '.join(said)} is of training, and a saved vector ({vector}) is used as it is: "
+            "leave it out, or give no --vector"
+        )
+    topics = 100 if topics is None else topics
     if not 1 <= benign <= 32:
         raise ValueError(f"--benign is {benign}: give 1 to 32, the requests shipped for it")
     if scope not in ("all", "prompt", "generated"):
         raise ValueError(f"--scope is {scope!r}: choose all, prompt or generated")
-    chosen = estimator(recipe)
+    chosen = estimator(recipe or "mean")
     schedule = Schedule(scope)  # pyright: ignore[reportArgumentType]
     budget = (0.05 if kl is None else kl) if strength is None else None
     asked = list(prompt or [])
@@ -111,10 +132,10 @@ def steer(
     else:
         from steering.recipes import train_vector
 
-        contrast_used = training(contrast, topics, seed)
-        where = site_texts(loaded, None)[-3:-2] if site is None else site.split()
-        made = train_vector(loaded, contrast_used, where, recipe=chosen, positions=positions)
-        made = made if operation == "add" else made.doing(operation)
+        train = splits_of(contrast, topics, seed)["train"]
+        where = f"{5 * loaded.n_layers // 8}.resid_post" if site is None else site.split()
+        made = train_vector(loaded, train, where, recipe=chosen, positions=positions or "last")
+    made = made if operation in (None, made.operation) else made.doing(operation)
     if budget is not None:
         solved = solve_strength(
             loaded, made, kl=budget, unit=unit, sign=-1 if backwards else 1, schedule=schedule,

@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from probes.contrast import Contrast
-    from probes.model import HookedModel
-    from steering.effects import Measure
+from analyses.commands.measures import (
+    COSTS,
+    EFFECTS,
+    cost_of,
+    effect_of,
+    estimate,
+    side_of,
+    site_texts,
+    splits_of,
+)
 
-EFFECTS = ("refusals", "odds")
-COSTS = ("kl", "perplexity", "mistakes", "repetition", "benign_refusals")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from steering.effects import Measure
 
 
 def sweep(
@@ -27,6 +34,14 @@ def sweep(
         Path | None,
         typer.Option(help="A saved vector. Default: the mean difference of the training topics."),
     ] = None,
+    made_elsewhere: Annotated[
+        bool,
+        typer.Option(
+            "--made-elsewhere",
+            help="The saved vector was made without any prompt of the file; otherwise it must be "
+            "that of the file's training topics (alignlens steer, same --topics and --seed).",
+        ),
+    ] = False,
     sites: Annotated[
         str | None,
         typer.Option(
@@ -45,6 +60,9 @@ def sweep(
     effects: Annotated[str, typer.Option(help="refusals, odds; the first is chosen by.")] = (
         "refusals"
     ),
+    openers: Annotated[
+        str, typer.Option(help="First words of a refusal, for odds, separated by spaces.")
+    ] = "I",
     costs: Annotated[
         str, typer.Option(help="kl, perplexity, mistakes, repetition, benign_refusals.")
     ] = "kl",
@@ -54,9 +72,17 @@ def sweep(
     fall: Annotated[
         bool, typer.Option("--fall", help="Choose the largest fall of the effect, not the rise.")
     ] = False,
-    random: Annotated[int, typer.Option(help="Random directions of the null.")] = 20,
+    random: Annotated[
+        int,
+        typer.Option(
+            help="Random directions, and shuffled-label vectors (20 at most), of the null."
+        ),
+    ] = 20,
     topics: Annotated[int, typer.Option(help="At most this many topics of each split.")] = 32,
-    positions: Annotated[str, typer.Option(help="Where prompts are read.")] = "last",
+    positions: Annotated[
+        str | None,
+        typer.Option(help="Where prompts are read. Default: last, or as the saved vector's were."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder to fill or to go on with.")] = Path("sweep"),
     seed: Annotated[int, typer.Option(help="Seed of splits and random directions.")] = 0,
     engine: Annotated[str, typer.Option(help="transformers, transformer_lens or nnsight.")] = (
@@ -64,13 +90,13 @@ def sweep(
     ),
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many passes are left to run, and stop.")
+        bool, typer.Option("--dry-run", help="Say roughly what it takes, and stop.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the tables as JSON.")] = False,
 ) -> None:
     """Strength by site by operation: effect and cost on validation topics, the best on test topics.
 
-    Beside every effect stand random directions of the same norm, a shuffled-label vector and an
+    Beside every effect stand random directions of the same norm, shuffled-label vectors and an
     unrelated concept. Killed and run again, it goes on.
 
     \b
@@ -85,7 +111,6 @@ def sweep(
     from steering.edits import ADDING
     from steering.grid import Grid
     from steering.nulls import random_vectors, shuffled_vectors
-    from steering.plan import passes
     from steering.recipes import train_vector
     from steering.sweep import sweep as run
     from steering.vector import SteeringVector
@@ -98,48 +123,71 @@ def sweep(
         raise ValueError(f"--on is {on!r}: choose positive or negative")
     if random < 0:
         raise ValueError(f"--random is {random}: give 20 for a claim, at least 0")
+    how, first = operations.split(), openers.split()
+    if not first:
+        raise ValueError("--openers is empty: give the first words of refusals, such as 'I Sorry'")
+    by_operation = {op: _allowed(op, numbers, op in ADDING) for op in how}
+    saved = None if vector is None else SteeringVector.load(vector)
+    where_read = positions or "last"
+    if saved is not None:
+        where_read = saved.origin.positions or where_read
+        if positions not in (None, where_read):
+            raise ValueError(
+                f"--positions is {positions!r} and the saved vector was made at {where_read!r}, "
+                "where its nulls are read too: leave --positions out"
+            )
+    if made_elsewhere and (saved is None or contrast is None):
+        raise ValueError("--made-elsewhere is said of a saved vector and a file: give both")
     parts = splits_of(contrast, topics, seed)
+    sides = {part: side_of(own, on == "positive") for part, own in parts.items()}
     loaded = HookedModel.load(model, engine, dtype=dtype)
-    if vector is not None:
-        made = SteeringVector.load(vector)
-        where = [str(s) for s in made.sites] if sites is None else site_texts(loaded, sites)
-        made = made.at(where)
+    if saved is not None and sites is None:
+        where = [str(s) for s in saved.sites]
     else:
         where = site_texts(loaded, sites)
-        made = None
-    acts = capture(loaded, parts["train"].prompts, where, positions, progress=False)
-    if made is None:
-        made = train_vector(loaded, parts["train"], where, activations=acts, positions=positions)
+    if dry_run:
+        each = sum(len(own) for own in by_operation.values()) * len(where)
+        steered = sum(s != 0 for own in by_operation.values() for s in own) * len(where)
+        count = random + min(random, 20) + 1 if random else 0
+        roughly = estimate(
+            loaded, parts, sides, wanted, paid, sites=len(where), settings=steered, nulls=count
+        )
+        kept = sum(1 for folder in (out, out / "test") for _ in folder.glob("cells/*.json"))
+        typer.echo(
+            f"{each} settings with {count} nulls: about {roughly.passes} passes, "
+            f"{roughly.tokens:,} tokens, {roughly.disk / 2**20:.0f} MB of disk and "
+            f"{roughly.memory / 2**30:.1f} GB of memory; {kept} measurements are kept in {out}"
+        )
+        return
+    acts = capture(loaded, parts["train"].prompts, where, where_read, progress=False)
+    own = train_vector(loaded, parts["train"], where, activations=acts, positions=where_read)
+    checked = contrast is not None and not made_elsewhere
+    if saved is not None and checked and saved.origin.data_hash != own.origin.data_hash:
+        raise ValueError(
+            f"{vector} was not made from the training topics of {contrast} (--topics {topics}, "
+            f"--seed {seed}), so it may have seen the prompts it would be tested on: give the "
+            "--topics and --seed of `alignlens steer` (100 and 0 by default), or "
+            "--made-elsewhere if no prompt of the file went into it"
+        )
+    made = own if saved is None else saved.at(where)
     nulls = {}
     if random:
-        own = parts["train"].topics
-        nulls["random"] = random_vectors(made, acts, random, seed, topics=own)
+        nulls["random"] = random_vectors(made, acts, random, seed, topics=parts["train"].topics)
         nulls["shuffled labels"] = shuffled_vectors(
-            loaded, parts["train"], where, 1, seed, activations=acts, positions=positions
-        )
+            loaded, parts["train"], where, min(random, 20), seed,
+            activations=acts, positions=where_read,
+        )  # fmt: skip
         other = formality().limited(len(parts["train"]) // 2, seed)
-        nulls["formality"] = [train_vector(loaded, other, where, positions=positions)]
-    how = operations.split()
-    by_operation = {op: [s for s in numbers if op in ADDING or s <= 1] for op in how}
-
-    sides = {part: _side(own, on == "positive") for part, own in parts.items()}
+        nulls["formality"] = [train_vector(loaded, other, where, positions=where_read)]
 
     def measured(part: str) -> "tuple[dict[str, Measure], dict[str, Measure]]":
-        effect = {name: _effect(name, list(sides[part].prompts)) for name in wanted}
-        return effect, {name: _cost(name, loaded, part) for name in paid}
+        effect = {name: effect_of(name, list(sides[part].prompts), first) for name in wanted}
+        return effect, {name: cost_of(name, loaded, part) for name in paid}
 
     grid = Grid({"vector": made}, by_operation, where, how, unit, nulls)
     effect, cost = measured("validation")
-    if dry_run:
-        left = passes(loaded, grid, effect, cost, folder=out)
-        typer.echo(
-            f"{len(grid.cells)} settings with {len(grid.kinds)} nulls: {left.total} passes over "
-            f"{len(sides['validation'].prompts)} prompts, {left.done} of them done; then "
-            f"{len(wanted) * (len(grid.kinds) + 2) + 2 * len(paid)} on test prompts"
-        )
-        return
     found = run(
-        loaded, grid, effect, cost, groups=_groups(wanted, sides["validation"]), folder=out, seed=seed,
+        loaded, grid, effect, cost, groups=dict.fromkeys(wanted, sides["validation"].topics), folder=out, seed=seed,
     )  # fmt: skip
     found.save(out)
     made.save(out / "vector.safetensors")
@@ -159,7 +207,7 @@ def sweep(
         one,
         effect,
         cost,
-        groups=_groups(wanted, sides["test"]),
+        groups=dict.fromkeys(wanted, sides["test"].topics),
         folder=out / "test",
         seed=seed,
     )
@@ -186,84 +234,6 @@ def sweep(
         )
 
 
-def splits_of(source: Path | None, topics: int, seed: int) -> "dict[str, Contrast]":
-    """Training, validation and test topics of a file, or those of the shipped twins."""
-    from probes import datasets
-    from probes.contrast import Contrast
-
-    if source is None:
-        return {p: datasets.safety(p).limited(topics, seed) for p in datasets.SPLITS}
-    given = datasets.read(source)
-    if not isinstance(given, Contrast):
-        raise ValueError(f"{source} holds plain prompts: a steering vector needs pairs or labels")
-    return {name: part.limited(topics, seed) for name, part in given.split(seed=seed).items()}
-
-
-def training(source: Path | None, topics: int, seed: int) -> "Contrast":
-    """What a vector is trained on when nothing is measured: all of a file, or the shipped train."""
-    from probes import datasets
-    from probes.contrast import Contrast
-
-    if source is None:
-        return datasets.safety("train").limited(topics, seed)
-    given = datasets.read(source)
-    if not isinstance(given, Contrast):
-        raise ValueError(f"{source} holds plain prompts: a steering vector needs pairs or labels")
-    return given.limited(topics, seed)
-
-
-def site_texts(model: "HookedModel", sites: str | None) -> list[str]:
-    """Single sites as texts; by default every eighth of the depth, from a quarter on."""
-    if sites is not None:
-        return [str(site) for site in model.sites(sites.split())]
-    n = model.n_layers
-    layers = sorted({n * i // 8 for i in range(2, 8)})
-    return [f"{layer}.resid_post" for layer in layers]
-
-
-class _Side(NamedTuple):
-    """Prompts of one class with their topics."""
-
-    prompts: tuple
-    topics: tuple[str, ...]
-
-
-def _side(contrast: "Contrast", positive: bool) -> _Side:
-    rows = [i for i, label in enumerate(contrast.labels) if label == positive]
-    picked = [(contrast.prompts[i], contrast.topics[i]) for i in rows]
-    return _Side(*zip(*picked, strict=True))
-
-
-def _groups(effects: list[str], side: _Side) -> dict[str, tuple[str, ...]]:
-    return dict.fromkeys(effects, side.topics)
-
-
-def _effect(name: str, asked: list) -> "Measure":
-    from steering import effects
-
-    function = effects.refusals if name == "refusals" else effects.refusal_odds
-    return partial(function, prompts=asked)
-
-
-def _cost(name: str, model: "HookedModel", part: str) -> "Measure":
-    """A cost on shipped benign prompts; other ones for test than for validation."""
-    from probes import datasets
-    from steering import costs
-
-    test = part == "test"
-    benign = datasets.general(part)[:16]
-    texts, items = datasets.paragraphs(), datasets.choices()
-    if name == "kl":
-        return partial(costs.kl, reference=costs.Reference.of(model, benign))
-    if name == "perplexity":
-        return partial(costs.text_log_perplexity, texts=texts[50:] if test else texts[:50])
-    if name == "mistakes":
-        return partial(costs.mistakes, items=items[100:] if test else items[:100])
-    if name == "repetition":
-        return partial(costs.repetition, prompts=benign)
-    return partial(costs.benign_refusals, prompts=benign)
-
-
 def _numbers(text: str) -> list[float]:
     try:
         return [float(piece) for piece in text.replace(",", " ").split()]
@@ -271,6 +241,19 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(
             f"cannot read the strengths {text!r}: give numbers, for example '0.5 1 2'"
         ) from None
+
+
+def _allowed(operation: str, strengths: "Sequence[float]", adds: bool) -> list[float]:
+    """The strengths an operation can have; those left out are said."""
+    kept = [s for s in strengths if adds or s <= 1]
+    if not kept:
+        raise ValueError(
+            f"no strength is left for {operation}, whose strength is a share: give some up to 1"
+        )
+    if left := [f"{s:g}" for s in strengths if s not in kept]:
+        said = f"{operation} mixes by a share, so strength {', '.join(left)} is left out there"
+        typer.echo(f"note: {said}", err=True)
+    return kept
 
 
 def _known(text: str, names: tuple[str, ...], what: str) -> list[str]:

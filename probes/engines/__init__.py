@@ -127,6 +127,11 @@ class Engine(Protocol):
     name: str
     layout: Layout
 
+    @property
+    def edited(self) -> bool:
+        """Whether any edit of `edit` is in force."""
+        ...
+
     def read(self, batch: Batch, sites: Sequence[Site], keep: Keep = whole) -> dict[Site, Tensor]:
         """Activations in one forward pass that ends at the deepest site.
 

@@ -89,6 +89,11 @@ class LensEngine:
         """Where token ids go."""
         return next(self.bridge.original_model.parameters()).device
 
+    @property
+    def edited(self) -> bool:
+        """Whether any edit of `edit` is in force."""
+        return bool(self._edits)
+
     @contextmanager
     def edit(self, edits: Sequence[Edit]) -> Iterator[None]:
         check_edits(self._translated, edits)

@@ -129,6 +129,11 @@ class TraceEngine:
         """Where nnsight puts what the model is given."""
         return next(self.model.parameters()).device
 
+    @property
+    def edited(self) -> bool:
+        """Whether any edit of `edit` is in force."""
+        return bool(self._edits)
+
     @contextmanager
     def edit(self, edits: Sequence[Edit]) -> Iterator[None]:
         check_edits(self.layout, edits)
