@@ -253,16 +253,16 @@ def test_a_saved_vector_is_not_tested_on_what_it_was_trained_on(files: Path, run
         "sweep", "first", "pairs.jsonl", "--vector", "v/vector.safetensors", "--strengths", "0.5",
         "--effects", "odds", "--openers", "w3 w4", "--random", 1, "--within", 10, "--out", "of-v",
     )  # fmt: skip
-    ok = run(*swept, "--topics", 8)
+    ok = run(*swept, "--topics", 8, "--trained", 8)
     assert ok.code == 0, ok.err
     vector = SteeringVector.load(files / "v" / "vector.safetensors")
-    train = splits_of(files / "pairs.jsonl", 8, 0)["train"]
+    train = splits_of(files / "pairs.jsonl", 0, 8, 8)["train"]
     model = HookedModel.load(str(files / "first"), device="cpu")
     own = train_vector(model, train, "1.resid_post", positions="mean:content")
     assert vector.origin.data_hash == own.origin.data_hash
     # the effect asked for these openers, and nulls were read where the vector was
     found = SteeringSweep.load(files / "of-v")
-    asked = splits_of(files / "pairs.jsonl", 8, 0)["validation"].prompts[1::2]
+    asked = splits_of(files / "pairs.jsonl", 0, 8, 8)["validation"].prompts[1::2]
     odds = refusal_odds(model, None, asked, openers=("w3", "w4"))
     assert float(found.unsteered[0]) == pytest.approx(float(odds.mean()), abs=1e-5)
     (null,) = shuffled_vectors(model, train, "1.resid_post", 1, positions="mean:content")
@@ -270,12 +270,12 @@ def test_a_saved_vector_is_not_tested_on_what_it_was_trained_on(files: Path, run
     moved = refusal_odds(model, what, asked, openers=("w3", "w4")) - odds
     at = found.kinds.index("shuffled labels")
     assert float(found.null[0, 0, at]) == pytest.approx(float(moved.mean()), abs=1e-5)
-    for wrong in (("--topics", 7), ("--topics", 8, "--seed", 1)):
+    for wrong in (("--trained", 7), ("--trained", 8, "--seed", 1)):
         said = run(*swept, *wrong)
         assert said.code == 2
         assert "was not made from the training topics of pairs.jsonl" in said.err
     assert run(*swept, "--topics", 7, "--made-elsewhere", "--out", "else").code == 0
-    other = run(*swept, "--topics", 8, "--positions", "last")
+    other = run(*swept, "--trained", 8, "--positions", "last")
     assert other.code == 2 and "was made at 'mean:content'" in other.err
 
 

@@ -17,17 +17,27 @@ WRITTEN = {"refusals": 12, "benign_refusals": 12, "repetition": 64, "kl": 32}
 """Tokens of each answer that a measure writes, or reads behind the prompt (kl)."""
 
 
-def splits_of(source: Path | None, topics: int, seed: int) -> "dict[str, Contrast]":
-    """Training, validation and test topics of a file, or those of the shipped twins."""
+TRAINED = 100
+"""Topics that `alignlens steer` makes a vector of, and `alignlens sweep` with it."""
+
+
+def splits_of(source: Path | None, seed: int, trained: int, measured: int) -> "dict[str, Contrast]":
+    """Training, validation and test topics of a file, or of the shipped twins: at most `trained`
+    to make a vector of, `measured` to choose on and to test on."""
     from probes import datasets
     from probes.contrast import Contrast
 
     if source is None:
-        return {p: datasets.safety(p).limited(topics, seed) for p in datasets.SPLITS}
-    given = datasets.read(source)
-    if not isinstance(given, Contrast):
-        raise ValueError(f"{source} holds plain prompts: a steering vector needs pairs or labels")
-    return {name: part.limited(topics, seed) for name, part in given.split(seed=seed).items()}
+        parts = {p: datasets.safety(p) for p in datasets.SPLITS}
+    else:
+        given = datasets.read(source)
+        if not isinstance(given, Contrast):
+            raise ValueError(
+                f"{source} holds plain prompts: a steering vector needs pairs or labels"
+            )
+        parts = given.split(seed=seed)
+    most = dict.fromkeys(parts, measured) | {"train": trained}
+    return {name: part.limited(most[name], seed) for name, part in parts.items()}
 
 
 def site_texts(model: "HookedModel", sites: str | None) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analyses.commands.measures import splits_of
+from analyses.commands.measures import TRAINED, splits_of
 
 if TYPE_CHECKING:
     from steering.recipes import Recipe
@@ -79,7 +79,7 @@ def steer(
     """Train a steering vector, save it, and show answers before and after.
 
     It is trained on the training topics alone, three of five of a file, so that `alignlens sweep`
-    with the same --topics and --seed can test it on others.
+    with the same --seed can test it on others.
 
     \b
     alignlens steer builtin:aligned --site 20.resid_post --kl 0.05
@@ -107,7 +107,7 @@ def steer(
             f"{', '.join(said)} is of training, and a saved vector ({vector}) is used as it is: "
             "leave it out, or give no --vector"
         )
-    topics = 100 if topics is None else topics
+    topics = TRAINED if topics is None else topics
     if not 1 <= benign <= 32:
         raise ValueError(f"--benign is {benign}: give 1 to 32, the requests shipped for it")
     if scope not in ("all", "prompt", "generated"):
@@ -132,7 +132,7 @@ def steer(
     else:
         from steering.recipes import train_vector
 
-        train = splits_of(contrast, topics, seed)["train"]
+        train = splits_of(contrast, seed, topics, topics)["train"]
         where = f"{5 * loaded.n_layers // 8}.resid_post" if site is None else site.split()
         made = train_vector(loaded, train, where, recipe=chosen, positions=positions or "last")
     made = made if operation in (None, made.operation) else made.doing(operation)

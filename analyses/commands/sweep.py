@@ -10,6 +10,7 @@ import typer
 from analyses.commands.measures import (
     COSTS,
     EFFECTS,
+    TRAINED,
     cost_of,
     effect_of,
     estimate,
@@ -39,7 +40,7 @@ def sweep(
         typer.Option(
             "--made-elsewhere",
             help="The saved vector was made without any prompt of the file; otherwise it must be "
-            "that of the file's training topics (alignlens steer, same --topics and --seed).",
+            "that of the file's training topics (alignlens steer, same --seed).",
         ),
     ] = False,
     sites: Annotated[
@@ -78,7 +79,13 @@ def sweep(
             help="Random directions, and shuffled-label vectors (20 at most), of the null."
         ),
     ] = 20,
-    topics: Annotated[int, typer.Option(help="At most this many topics of each split.")] = 32,
+    topics: Annotated[
+        int, typer.Option(help="At most this many topics to choose on, and to test on.")
+    ] = 32,
+    trained: Annotated[
+        int,
+        typer.Option(help="At most this many training topics (--topics of alignlens steer)."),
+    ] = TRAINED,
     positions: Annotated[
         str | None,
         typer.Option(help="Where prompts are read. Default: last, or as the saved vector's were."),
@@ -138,7 +145,7 @@ def sweep(
             )
     if made_elsewhere and (saved is None or contrast is None):
         raise ValueError("--made-elsewhere is said of a saved vector and a file: give both")
-    parts = splits_of(contrast, topics, seed)
+    parts = splits_of(contrast, seed, trained, topics)
     sides = {part: side_of(own, on == "positive") for part, own in parts.items()}
     loaded = HookedModel.load(model, engine, dtype=dtype)
     if saved is not None and sites is None:
@@ -164,9 +171,9 @@ def sweep(
     checked = contrast is not None and not made_elsewhere
     if saved is not None and checked and saved.origin.data_hash != own.origin.data_hash:
         raise ValueError(
-            f"{vector} was not made from the training topics of {contrast} (--topics {topics}, "
-            f"--seed {seed}), so it may have seen the prompts it would be tested on: give the "
-            "--topics and --seed of `alignlens steer` (100 and 0 by default), or "
+            f"{vector} was not made from the training topics of {contrast} (--trained {trained}, "
+            f"--seed {seed}), so it may have seen the prompts it would be tested on: give what "
+            "`alignlens steer` was given as --topics and --seed (100 and 0 by default), or "
             "--made-elsewhere if no prompt of the file went into it"
         )
     made = own if saved is None else saved.at(where)
