@@ -8,6 +8,7 @@ import torch
 
 from probes import figures
 from probes.sites import Site
+from steering.edits import MIXING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +87,9 @@ def strength(sweep: "SteeringSweep", effect: str, ax: "Axes | None" = None) -> "
                 )
         ax.axhline(0, ls=":", lw=1, color=figures.PALETTE[6])
         unit = f" ({sweep.unit})" if sweep.unit != "raw" else " (times the vector)"
+        mixing = [operation in MIXING for operation in sweep.operations]
+        if any(mixing):  # whose strength has no unit
+            unit = " (share)" if all(mixing) else f"{unit[:-1]}, or share)"
         ax.set(xlabel=f"strength{unit}", ylabel=_change(effect), title=effect)
         _legend(ax)
     return ax

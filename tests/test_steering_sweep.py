@@ -546,7 +546,11 @@ def test_the_result_is_kept_and_shown(adding: SteeringSweep, tmp_path: Path) -> 
     assert set(frame["role"]) == {"effect", "cost"}
     assert "in 1 an effect is beyond its null (21 vectors)" in str(adding)
     assert adding.plot().get_xlabel() == "cost: change of kl (nats)"
-    assert adding.plot(kind="strength").get_ylabel() == "change of refusals (share of prompts)"
+    drawn = adding.plot(kind="strength")
+    assert drawn.get_ylabel() == "change of refusals (share of prompts)"
+    assert drawn.get_xlabel() == "strength (times the vector)"
+    turned = replace(adding, operations=("ablate",) * len(adding.cells))
+    assert turned.plot(kind="strength").get_xlabel() == "strength (share)"
     with pytest.raises(ValueError, match="one vector and one operation"):
         adding.plot(kind="layer")
     with pytest.raises(ValueError, match="unknown plot 'pie'"):
