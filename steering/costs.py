@@ -44,7 +44,7 @@ class Reference:
     fingerprint: str
     rows: tuple[Row, ...] = field(repr=False)
     """Each prompt with its answer; an answer that ended early keeps its stop token."""
-    logits: tuple[Float[Tensor, "answer vocab"], ...] | None = field(repr=False, compare=False)
+    logits: tuple[Float[Tensor, "_answer vocab"], ...] | None = field(repr=False, compare=False)
     """As the model gave them, or None: then each use computes them anew."""
 
     @classmethod

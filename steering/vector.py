@@ -44,12 +44,12 @@ class SteeringVector:
     joins their sites; multiplying scales. Apply it with `steer` or `model.generate(steer=...)`.
     """
 
-    vectors: Mapping[Site, Float[Tensor, "*rank width"]] = field(repr=False)
+    vectors: Mapping[Site, Float[Tensor, "*_rank _width"]] = field(repr=False)
     """One vector for adding; for the other operations one, or the rows of a subspace. `rotate`
     takes a plane: two rows, the angle counted from the first to the second."""
     origin: Origin
     operation: str = "add"
-    values: Mapping[Site, Float[Tensor, "*value"]] = field(default_factory=dict, repr=False)
+    values: Mapping[Site, Float[Tensor, "*_value"]] = field(default_factory=dict, repr=False)
     """clamp: the coordinates to set, one for each row. affine: the class mean, `[width]`.
     rotate, rotate_toward: the angle in degrees, one number."""
     scales: Mapping[Site, Scale] = field(default_factory=dict, repr=False)

@@ -185,6 +185,14 @@ def test_repetition_reads_the_steered_answers(model: HookedModel) -> None:
     assert found.tolist() == [costs.repeated(a) for a in answers]
 
 
+def test_a_reference_holds_answers_of_any_length() -> None:
+    """Shapes are checked on one random element at a time: often enough, all would be met."""
+    rows = tuple(effects.Row(tuple(range(4 + n)), 4) for n in (2, 5, 9))
+    for _ in range(60):
+        reference = Reference("model", rows, tuple(torch.zeros(row.n_answer, 7) for row in rows))
+    assert len(reference.logits or ()) == 3
+
+
 def test_choices_take_the_likeliest(model: HookedModel) -> None:
     items = [
         {"question": "w1 w2", "choices": ["w3", "w4 w5", "w6", "w7"], "answer": 1},
