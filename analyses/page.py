@@ -126,7 +126,7 @@ def _draw_steering(report: Report, axes: Any) -> None:
     for ax, title in zip(axes, titles, strict=True):
         with figures.theme():
             ax.set(title=title, ylabel=broken(ax.get_ylabel(), 40))
-            legend_below(ax, lines=1)
+            legend_below(ax)
 
 
 def table(report: Report) -> list[dict[str, Any]]:
