@@ -12,7 +12,8 @@ repair        The difference of class means of builtin:aligned, added to builtin
               two classes, from training twins). Of three strengths the one is taken with the most
               refusals of harmful less refusals of harmless validation twins.
 
-Beside each stand 20 random directions of the same norm, on every fourth prompt. Costs: refusals of
+Beside each stand 20 random directions of the same norm, on every fourth prompt; half isotropic,
+half differences of means between random halves of the topics. Costs: refusals of
 harmless twins and of general requests, and KL(unsteered‖steered) on answers to general requests.
 Wilson's intervals.
 """
@@ -68,13 +69,15 @@ class Judge:
         print(f"{self.model.label:8} {name:24} {'; '.join(said)}; KL {cost:.3f} nats", flush=True)
 
     def null(self, name: str, drawn: list[Any], kind: str) -> None:
-        found = [self.rate(steer, kind, every=4) for steer in drawn]
-        rates = sorted(refused / n for refused, n in found)
-        print(
-            f"{self.model.label:8} {name:24} {kind} {rates[0]:.1%} to {rates[-1]:.1%} of "
-            f"{found[0][1]}, mean {sum(rates) / len(rates):.1%}, {len(rates)} directions",
-            flush=True,
-        )
+        """One line a direction with its KL: one that breaks the model takes its refusals too."""
+        from steering.costs import kl
+
+        for i, steer in enumerate(drawn):
+            refused, n = self.rate(steer, kind, every=4)
+            cost = float(kl(self.model, steer, self.reference).mean())
+            drawn_as = "isotropic" if i < (len(drawn) + 1) // 2 else "random halves"
+            said = f"{kind} {refused}/{n} = {refused / n:.1%}; KL {cost:.3f} nats"
+            print(f"{self.model.label:8} {name} {i:2} {drawn_as:14} {said}", flush=True)
 
 
 def refusal(quick: bool, search: bool) -> None:
