@@ -23,7 +23,7 @@ from steering.nulls import random_vectors
 from steering.recipes import train_vector
 from steering.sweep import SteeringSweep, sweep
 
-STRENGTHS = (0.25, 0.5, 1.0)
+STRENGTHS = (0.5, 1.0)
 EFFECT, COST = "refusal log-odds (nats)", "KL (nats)"
 NULLS, BENIGN = 20, 8
 COMMON = 0.1
