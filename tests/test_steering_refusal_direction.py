@@ -17,6 +17,7 @@ from probes.refusals import refuses
 from probes.scores import wilson
 from probes.sites import Site
 from steering import refusal_direction
+from steering.costs import Reference, kl
 from steering.first_token import FirstToken
 from steering.judges import first_tokens, refusal_log_odds
 from steering.nulls import random_vectors
@@ -373,11 +374,11 @@ def test_the_built_in_lineage_refuses_by_one_direction(capsys: pytest.CaptureFix
     spent = time.process_time() - began
     twins = datasets.twins("test")
     asked = {kind: [t[kind] for t in twins] for kind in ("harmful", "harmless")}
-    kept = train.limited(128)
-    acts = capture(model, kept.prompts, found.site, "instruction_end", progress=False)
+    acts = capture(model, train.prompts, found.site, "instruction_end", progress=False)
     rows = acts[found.site][:, found.position]
     single = type(acts)(acts.sites, (1,) * len(rows), "last", lambda _: rows, n_layers=30)
-    null = random_vectors(found.vector, single, 20, topics=kept.topics)
+    null = random_vectors(found.vector, single, 20, topics=train.topics)
+    reference = Reference.of(model, datasets.general("test")[:16])
     said = [f"{found}, {spent:.0f} CPU-seconds"]
 
     def judged(name: str, kind: str, steering: SteeringVector | None, every: int = 1) -> float:
@@ -403,6 +404,10 @@ def test_the_built_in_lineage_refuses_by_one_direction(capsys: pytest.CaptureFix
         sys.stdout.write("\n" + "\n".join(said) + "\n")
     assert before > 0.8
     assert after <= 0.05
-    assert np.mean(ablated) > 0.8
+    assert min(ablated[:10]) > 0.8  # isotropic
+    # random halves may hit an axis the model needs: what takes refusals then costs far more
+    ours = float(kl(model, found.vector.everywhere(model), reference).mean())
+    for r, rate in zip(null[10:], ablated[10:], strict=True):
+        assert rate > 0.6 or float(kl(model, r.everywhere(model), reference).mean()) > 3 * ours
     assert added > 0.8 > 0.2 > twins_before
     assert np.quantile(random_added, 0.95) < added
