@@ -126,7 +126,9 @@ def optimise_vector(
     means over prompts, in nats. With `max_norm` (unit of the activations) the vector is brought
     back to that norm after each step. One of the two limits is needed: without it the vector grows
     until nothing of the prompt is left; under a schedule of generated tokens only `max_norm` is one,
-    because the first answer token is predicted from the prompt. Adam from the zero vector; `rate` is the length of a first
+    because the first answer token is predicted from the prompt.
+
+    Adam from the zero vector; `rate` is the length of a first
     step as a share of `max_norm`, or of the site's mean norm. It ends when `patience` steps have
     not lowered the best loss by `tolerance` nats. Deterministic; plain transformers engine only.
     """

@@ -72,7 +72,8 @@ class TrainingCurve(Result):
     losses: Float[Tensor, " step"]
     """Task loss of each step's batch before its update, in nats, penalties not included."""
     validation: Float[Tensor, " epoch"]
-    """Loss of the validation examples, as one batch, before training and after each epoch; empty without."""
+    """Loss of the validation examples, as one batch, before training and after each epoch; empty
+    without."""
     kept_epoch: int
     """Epochs after which the kept parameters were reached."""
     n_parameters: int

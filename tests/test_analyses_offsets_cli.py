@@ -94,6 +94,7 @@ def test_iti_saves_ranking_and_offsets(files: Path, run: Run) -> None:
         (("--method", "rome"), "unknown method 'rome': choose lofit or iti"),
         (("--loss", "ppo"), "unknown loss 'ppo': choose sft or dpo"),
         (("--method", "iti", "--alpha", 0), "alpha 0 changes nothing"),
+        (("--random", -1), "--random -1: give 1 or more topics, and 0 or more of the others"),
         (("bad.jsonl",), "line 1 of bad.jsonl is no example"),
         (("nowhere.jsonl",), "there is no file nowhere.jsonl"),
     ],

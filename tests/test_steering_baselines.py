@@ -107,6 +107,11 @@ def test_an_applied_adapter_equals_merged_weights(tmp_path: Path) -> None:
     want = score_choices(merged, [Question("w1", ("w2",), ("w3",), "w2")])
     torch.testing.assert_close(live.scores, want.scores, rtol=1e-4, atol=1e-4)
     folder = found.save(tmp_path / "lora")
+    back = LoraTuning.load(folder)
+    assert (back.rank, back.alpha, back.dropout, back.targets) == (8, 8.0, 0.1, found.targets)
+    assert back.n_parameters == found.n_parameters
+    assert all(torch.equal(back.adapter[name], found.adapter[name]) for name in found.adapter)
+    assert torch.equal(back.curve.losses, found.curve.losses)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
         8,

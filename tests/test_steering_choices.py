@@ -11,7 +11,7 @@ from probes import HookedModel, Site
 from probes.engines import Batch
 from steering import HeadOffsets, Origin, Schedule, Steering, SteeringVector
 from steering import choices as module
-from steering.choices import ChoiceScores, score_choices
+from steering.choices import ChoiceScores, multiple_choice, score_choices
 from steering.questions import Question, truthfulqa
 
 DATA = Path(__file__).parent / "data"
@@ -94,6 +94,17 @@ def test_the_beginning_runs_once_where_that_is_exact(monkeypatch: pytest.MonkeyP
     assert runs_whole(early)
     with model.edit(vector.edits(model)):
         assert runs_whole(None)
+
+
+@pytest.mark.parametrize("measure", ["mc1", "mc2"])
+def test_as_a_measure_it_is_the_same_number(measure: str) -> None:
+    model, asked = tiny.hooked("llama"), questions()
+    for what in (None, offsets(model)):
+        scored = score_choices(model, asked, primer=PRIMER, steer=what)
+        found = multiple_choice(model, what, asked, measure=measure, primer=PRIMER)
+        assert torch.equal(found, scored.values(measure))
+    with pytest.raises(ValueError, match="unknown measure 'mc3': choose one of mc1, mc2"):
+        multiple_choice(model, None, asked, measure="mc3")
 
 
 def test_a_tail_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,11 @@ def offsets(
         raise ValueError(f"unknown loss {loss!r}: choose sft or dpo")
     if method == "iti" and alpha == 0:
         raise ValueError("alpha 0 changes nothing: give a strength in sigmas, for example 5")
-    if tried < 0 or topics < 1:
-        raise ValueError(f"--topics {topics} --tried {tried}: give 1 or more, and 0 or more")
+    if tried < 0 or topics < 1 or random < 0:
+        raise ValueError(
+            f"--topics {topics} --tried {tried} --random {random}: give 1 or more topics, and 0 or "
+            "more of the others"
+        )
     if dry_run:
         work = f"{2 * epochs} rounds over" if method == "lofit" else "one reading of"
         given = f"the examples of {data}" if data else f"{2 * topics} shipped prompts"

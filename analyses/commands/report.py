@@ -70,7 +70,8 @@ def report(
         typer.echo(
             f"{models} checkpoints; {name}: {n} prompts captured per checkpoint (about "
             f"{25 * n * models:,} tokens after sharing), {2 * size.answered} answered by each, "
-            f"{2 * size.shifted} answered at length; memory: all {models} models at once and "
+            f"{2 * size.shifted} answered at length; {size.steered} read about 50 times while the "
+            f"aligned model is steered; memory: all {models} models at once and "
             f"{n} vectors per layer and checkpoint; disk: about 3 MB in {out}"
         )
         return
