@@ -163,9 +163,8 @@ def search(
     `train`, `validation` and `test` are different harmful requests, `benign` harmless ones on whose
     answers fluency is measured. `continuations`, clean and adversarial, stand behind the prompts in
     turn; give two clean ones at least, else the floor is 0. `topics` group the validation prompts.
-    With `defence` in force
-    everything but the perplexity is done on the defended model. In mode "released" layers 0 to 16
-    are searched and every strength acts twice.
+    With `defence` in force everything but the perplexity is done on the defended model. In mode
+    "released" layers 0 to 16 are searched and every strength acts twice.
     """
     if mode not in ("js", "released"):
         raise ValueError(f"unknown mode {mode!r}: choose 'js' or 'released' (for comparison only)")
