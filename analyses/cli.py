@@ -10,14 +10,19 @@ import typer
 
 from analyses.commands import (
     capture,
+    export,
+    import_vector,
+    inspect,
     models,
     offsets,
     probe,
     report,
     scan,
+    serve_args,
     steer,
     sweep,
     tradeoff,
+    verify,
 )
 
 app = typer.Typer(
@@ -46,6 +51,11 @@ app.command("offsets")(offsets.offsets)
 app.command("tradeoff")(tradeoff.tradeoff)
 app.command("steer")(steer.steer)
 app.command("sweep")(sweep.sweep)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
+app.command("serve-args")(serve_args.serve_args)
+app.command("import")(import_vector.import_vector)
+app.command("inspect")(inspect.inspect)
 app.command("models")(models.models)
 
 

@@ -1,0 +1,83 @@
+"""Servers started for a check, and requests to them. Standard library only."""
+
+import json
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def post(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600) -> dict[str, Any]:
+    """Send JSON (or, without a body, ask) and give the JSON that comes back.
+
+    Raises `RuntimeError` with what the server said when it refuses, or does not answer.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            text = answer.read()
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")[:500]
+        raise RuntimeError(f"{url} answered {error.code}: {said}") from error
+    except OSError as error:
+        raise RuntimeError(f"{url} does not answer ({error}): is the server running?") from error
+    try:
+        return json.loads(text) if text else {}
+    except ValueError as error:
+        raise RuntimeError(f"{url} answered something that is no JSON: {text[:200]!r}") from error
+
+
+@contextmanager
+def serving(
+    line: Sequence[str],
+    ready: str = "/health",
+    seconds: float = 600,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """Run a server on a free port until the block ends; gives its address when it answers.
+
+    `line` is its command, to which host and port are added. A server that ends before it answers
+    is an error with the last lines that it wrote.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        running = subprocess.Popen(
+            [*line, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=log, stderr=log, env=environment and dict(environment),
+        )  # fmt: skip
+        try:
+            end = time.monotonic() + seconds
+            while not _answers(address + ready):
+                if running.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    last = "".join(log.readlines()[-15:])
+                    how = (
+                        "ended" if running.poll() is not None else f"was silent for {seconds:.0f} s"
+                    )
+                    raise RuntimeError(f"the server {line[0]} {how} before it answered:\n{last}")
+                time.sleep(0.2)
+            yield address
+        finally:
+            running.terminate()
+            try:
+                running.wait(20)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False

@@ -1,0 +1,280 @@
+"""Does a served vector do what it was made to do? A verdict from answers of the real program.
+
+The program answers a few prompts with and without the export. Our own model reads the same tokens
+under the edit that was meant, under none, and under the faults that exports are known for, and the
+verdict is by which of them the program's distributions are reproduced.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from probes import figures
+from probes.engines import Edit
+from probes.model import HookedModel
+from probes.results import Record, Result
+from probes.sites import Site
+from steering.applied import Steering
+from steering.export.replays import Consumer, Gap, Ids, Replay, gap, greedy, reference
+from steering.vector import SteeringVector
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+TOLERANCE = {"logits": 1e-4, "top": 1e-3, "tokens": 1e-3}
+"""Largest allowed difference, by what the program gives: logits, log-probabilities, text alone."""
+
+OTHER_MODEL = 0.02
+"""Mean KL in nats between the unsteered program and our unsteered model above which they are not
+the same model; four-bit weights of a small model are at 0.003 to 0.008."""
+
+OTHER_TEXT = 0.5
+"""The same for text alone: how far, in nats, a token may be below our likeliest."""
+
+MEANT, NONE = "as it was made", "not at all"
+
+OUTCOMES = {
+    "equal": "applied and equal",
+    "different": "applied but different",
+    "not applied": "NOT APPLIED",
+    "another model": "another model",
+    "cannot tell": "cannot tell",
+    "format checked": "format checked, not run",
+}
+
+
+@dataclass(frozen=True)
+class Verdict(Result):
+    """What a program does with an export, and the measurements it is concluded from."""
+
+    outcome: str
+    """A key of `OUTCOMES`."""
+    target: str
+    consumer: str
+    """Program and version."""
+    steering: str
+    """What was meant to be applied, in words."""
+    kind: str
+    """What was compared: logits, top (log-probabilities of the likeliest tokens), tokens, or, where
+    nothing was run, the vectors themselves."""
+    gaps: Mapping[str, float] = field(repr=False)
+    """Largest difference between the program and our model steered in each way, by way."""
+    divergences: Mapping[str, float | None] = field(repr=False)
+    """Mean KL(program || our model) of each way in nats; None where only text came back."""
+    floor: float | None
+    """Largest difference between program and model, both unsteered; None where it only runs
+    steered."""
+    floor_kl: float | None
+    effect: float
+    """Largest difference that the steering makes to our own model, along the same tokens."""
+    allowed: float
+    """Difference up to which two distributions count as equal: the tolerance, or three times the
+    floor where the program itself is less exact than that."""
+    n_prompts: int
+    n_tokens: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verified(self) -> bool:
+        return self.outcome == "equal"
+
+    @property
+    def explained(self) -> float | None:
+        """How much nearer the program is to the steered than to the unsteered model:
+        KL(program || unsteered) over the sum of it and KL(program || steered). 1: it is the
+        steered model; 0: the unsteered one; None without log-probabilities."""
+        steered, unsteered = (self.divergences.get(way) for way in (MEANT, NONE))
+        if steered is None or unsteered is None or not steered + unsteered:
+            return None
+        return unsteered / (steered + unsteered)
+
+    @property
+    def diagnosis(self) -> str:
+        """The fault that reproduces the program's answers, or the way that comes nearest."""
+        if not self.gaps:
+            return ""
+        way = min(self.gaps, key=lambda w: self.gaps[w])
+        near = "" if self.gaps[way] <= self.allowed else "nearest, though not equal: "
+        return f"{near}{way}"
+
+    def frame(self) -> "pd.DataFrame":
+        """One row a way of steering our own model: how far the program is from it."""
+        import pandas as pd
+
+        rows = [
+            {
+                "steered": way,
+                "largest difference": value,
+                "mean KL, nats": self.divergences[way],
+                "equal": value <= self.allowed,
+            }
+            for way, value in self.gaps.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """The program's distance from our model steered in each way; left of the line is equal."""
+        ax = figures.axes(ax, 6.4, 3.4)
+        names = list(self.gaps)[::-1]
+        with figures.theme():
+            for i, name in enumerate(names):
+                x, equal = self.gaps[name], self.gaps[name] <= self.allowed
+                color = figures.PALETTE[0 if equal else 1]
+                ax.plot(max(x, 1e-7), i, "o" if equal else "s", color=color, ms=6)
+            ax.axvline(self.allowed, color="black", ls="--", lw=1, label="equal up to here")
+            if self.floor:
+                ax.axvline(self.floor, color="0.6", ls=":", lw=1, label="both unsteered")
+            ax.set_yticks(range(len(names)), names)
+            ax.set(xscale="log", xlabel=f"largest difference ({UNITS[self.kind]})")
+            ax.set_ylabel("our model, steered")
+            ax.set_title(f"{self.consumer}: {OUTCOMES[self.outcome]}")
+            ax.legend(loc="upper center")
+        return ax
+
+    def __str__(self) -> str:
+        head = f"{OUTCOMES[self.outcome]}: {self.steering} in {self.consumer}"
+        if self.kind == "vectors":
+            return "; ".join([head, *self.notes])
+        said = (
+            f"{head}; off by {self.gaps[MEANT]:.2g} {UNITS[self.kind]} (allowed {self.allowed:.2g})"
+        )
+        said += f", where steering moves them by {self.effect:.2g}"
+        if self.outcome == "different":
+            said += f"; {self.diagnosis}"
+        return said
+
+
+UNITS = {
+    "logits": "of a logit",
+    "top": "nats of log-probability",
+    "tokens": "nats below the likeliest token",
+    "vectors": "of the vectors' largest entry",
+}
+
+
+def verify(
+    model: HookedModel,
+    steering: Steering,
+    consumer: Consumer,
+    prompts: Sequence[Ids],
+    n_tokens: int = 4,
+    *,
+    target: str,
+    tolerance: float | None = None,
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """Replay prompts through a program that serves the export, and conclude.
+
+    `model` is the unsteered model that the export is for, in float32; `steering` what was meant.
+    """
+    for ids in prompts:
+        if not ids:
+            raise ValueError("a prompt without tokens cannot be replayed: leave it out")
+    unsteered = consumer.replay(prompts, n_tokens, steered=False)
+    steered = consumer.replay(prompts, n_tokens, steered=True)
+    if steered is None:
+        raise ValueError(f"{consumer.name} gave no steered answers")
+    return judge(
+        model, steering, unsteered, steered, consumer=f"{consumer.name} {consumer.version}".strip(),
+        target=target, tolerance=tolerance, notes=notes,
+    )  # fmt: skip
+
+
+def judge(
+    model: HookedModel,
+    steering: Steering,
+    unsteered: Sequence[Replay] | None,
+    steered: Sequence[Replay],
+    *,
+    consumer: str,
+    target: str,
+    tolerance: float | None = None,
+    notes: Sequence[str] = (),
+) -> Verdict:
+    """The verdict on answers that a program gave without (if it can) and with the export."""
+    kind = steered[0].kind
+    floor = None if unsteered is None else gap(unsteered, reference(model, (), unsteered))
+    allowed = TOLERANCE[kind] if tolerance is None else tolerance
+    if floor is not None:
+        allowed = max(allowed, 3 * floor.largest)
+    read = {way: reference(model, edits, steered) for way, edits in ways(model, steering).items()}
+    gaps = {way: gap(steered, logits) for way, logits in read.items()}
+    effect = gap(greedy(read[MEANT], steered), read[NONE])
+    record = Record(
+        models=(model.name,),
+        fingerprints=(model.fingerprint,),
+        dtype=str(model.dtype).removeprefix("torch."),
+        engine=model.engine.name,
+        settings={"prompts": [list(r.prompt) for r in steered], "target": target},
+    )
+    return Verdict(
+        outcome=_outcome(kind, floor, gaps, allowed),
+        target=target,
+        consumer=consumer,
+        steering=str(steering),
+        kind=kind,
+        gaps={way: g.largest for way, g in gaps.items()},
+        divergences={way: g.kl for way, g in gaps.items()},
+        floor=None if floor is None else floor.largest,
+        floor_kl=None if floor is None else floor.kl,
+        effect=effect.largest,
+        allowed=allowed,
+        n_prompts=len(steered),
+        n_tokens=sum(len(r.tokens) for r in steered),
+        notes=tuple(notes),
+        record=record,
+    )
+
+
+def ways(model: HookedModel, steering: Steering) -> dict[str, Sequence[Edit]]:
+    """The edit that was meant, none, and the faults exports are known for."""
+    s = steering
+    found: dict[str, Sequence[Edit]] = {MEANT: s.edits(model), NONE: ()}
+    if not isinstance(s.what, SteeringVector) or s.what.operation == "add":
+        for name, factor in (
+            ("twice as strong", 2),
+            ("half as strong", 0.5),
+            ("the other sign", -1),
+        ):
+            found[name] = replace(s, strength=factor * s.strength).edits(model)
+    if isinstance(s.what, SteeringVector):
+        for name, by in (("one block late", 1), ("one block early", -1)):
+            moved = _moved(s.what, by)
+            if moved is not None:
+                found[name] = replace(s, what=moved).edits(model)
+    if s.schedule.scope == "all":
+        for name, scope in (
+            ("at prompt tokens only", "prompt"),
+            ("at generated tokens only", "generated"),
+        ):
+            found[name] = replace(s, schedule=replace(s.schedule, scope=scope)).edits(model)
+    return found
+
+
+def _moved(vector: SteeringVector, by: int) -> SteeringVector | None:
+    """The vectors some blocks further on; those that fall off an end are left out."""
+    n = vector.origin.n_layers
+    where = {s: Site(s.layer + by, s.part, s.head) for s in vector.sites if 0 <= s.layer + by < n}
+    if not where:
+        return None
+    kept = {
+        name: {
+            new: getattr(vector, name)[old]
+            for old, new in where.items()
+            if old in getattr(vector, name)
+        }
+        for name in ("vectors", "values", "scales")
+    }
+    return replace(vector, **kept)
+
+
+def _outcome(kind: str, floor: Gap | None, gaps: Mapping[str, Gap], allowed: float) -> str:
+    if floor is not None:
+        text = kind == "tokens"
+        if (floor.largest > OTHER_TEXT) if text else ((floor.kl or 0.0) > OTHER_MODEL):
+            return "another model"
+    meant, none = gaps[MEANT].largest <= allowed, gaps[NONE].largest <= allowed
+    if meant and none:
+        return "cannot tell"
+    return "equal" if meant else "not applied" if none else "different"
