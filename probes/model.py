@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from probes import layout as layouts
 from probes import names, prompts, selfcheck
-from probes.engines import ENGINES, Batch, Edit, EditFunction, Engine, open_engine
+from probes.engines import (
+    ENGINES,
+    REMOTE,
+    Batch,
+    Edit,
+    EditFunction,
+    Engine,
+    open_engine,
+    unknown,
+)
 from probes.layout import Layout
 from probes.prompts import Prompt, Rendered, Template
 from probes.sites import Site, Sites
@@ -53,8 +62,8 @@ class HookedModel:
         fingerprint: str | None = None,
     ) -> None:
         wrapped, plain = _unwrap(model)
-        if engine is not None and engine not in ENGINES:
-            raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}")
+        if engine is not None and engine not in ENGINES and engine != wrapped:
+            raise ValueError(unknown(engine))
         if wrapped is not None and engine not in (None, wrapped):
             raise ValueError(
                 f"the model in memory is a {type(model).__name__}, whose engine is {wrapped!r}; "
@@ -64,14 +73,21 @@ class HookedModel:
         self.tokenizer = tokenizer
         self.name = name or type(plain).__name__
         self.label = self.name
-        self.layout: Layout = layouts.resolve(plain)
-        self.engine: Engine = _engine(
-            engine or wrapped or "transformers", model, plain, self.layout
+        served = wrapped in REMOTE
+        self.layout: Layout = model.layout if served else layouts.resolve(plain)
+        self.engine: Engine = (
+            model
+            if served
+            else _engine(engine or wrapped or "transformers", model, plain, self.layout)
         )
         self._template = template
         self._arguments = template_arguments
         self._fingerprint = fingerprint
-        self.check = selfcheck.check(plain, self.engine, self.layout, tokenizer, self.fingerprint)
+        self.check = (
+            model.check
+            if served
+            else selfcheck.check(plain, self.engine, self.layout, tokenizer, self.fingerprint)
+        )
 
     @classmethod
     def load(
@@ -83,6 +99,7 @@ class HookedModel:
         device: str | None = None,
         template: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        server: str | None = None,
         **options: Any,
     ) -> "HookedModel":
         """Load a model by name.
@@ -91,9 +108,18 @@ class HookedModel:
         "cuda", "mps" or None for the best there is. `template` is a Jinja chat template or
         "none"; by default the tokenizer's own is used. Other options (`device_map`,
         `attn_implementation`, ...) go to transformers; `device_map` needs the plain engine.
+
+        `engine="vllm"` reads the model from a running vLLM server with vllm-lens at the address
+        `server`; of `name` only configuration and tokenizer are loaded, and the server decides
+        dtype and device. Options are `served`, the model's name there where it has several, and
+        `concurrency`, the requests under way at once (8).
         """
+        if engine in REMOTE:
+            return cls._served(name, server, dtype, device, template, template_arguments, **options)
         if engine not in ENGINES:
-            raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}")
+            raise ValueError(unknown(engine))
+        if server is not None:
+            raise ValueError(f"server={server!r} needs engine='vllm', given was {engine!r}")
         if "device_map" in options and engine != "transformers":
             raise ValueError("device_map needs engine='transformers': the others copy the model")
         parsed = names.parse(name)
@@ -115,6 +141,50 @@ class HookedModel:
             template_arguments=template_arguments,
             name=name,
             fingerprint=fingerprint,
+        )
+        hooked.label = parsed.label
+        return hooked
+
+    @classmethod
+    def _served(
+        cls,
+        name: str,
+        server: str | None,
+        dtype: str | torch.dtype,
+        device: str | None,
+        template: str | None,
+        template_arguments: Mapping[str, Any] | None,
+        **options: Any,
+    ) -> "HookedModel":
+        """`load` for a model that a server runs."""
+        from probes.engines.vllm import START, VllmEngine
+
+        if server is None:
+            raise ValueError(f"engine='vllm' reads a running server: {START}")
+        if odd := sorted(
+            {*options} - {"served", "concurrency"} | ({"device"} if device else set())
+        ):
+            raise ValueError(
+                f"with engine='vllm' the model is loaded by the server: {', '.join(odd)} cannot be "
+                "chosen here, only served and concurrency"
+            )
+        parsed = names.parse(name)
+        outline, tokenizer = names.outline(parsed)
+        engine = VllmEngine(outline, server, **options)
+        if dtype not in ("float32", "auto") and _dtype(str(dtype)) != outline.dtype:
+            raise ValueError(
+                f"the server runs {engine.served!r} in {engine.check.dtype}, asked for was {dtype}: "
+                "start it with --dtype, or leave dtype out"
+            )
+        engine.check_tokenizer(tokenizer)
+        files = names.fingerprint_files(parsed) or names.fingerprint_memory(outline, tokenizer)
+        hooked = cls(
+            engine,
+            tokenizer,
+            template=template,
+            template_arguments=template_arguments,
+            name=name,
+            fingerprint=f"{files}-{engine.check.dtype}-{engine.served}",
         )
         hooked.label = parsed.label
         return hooked
@@ -298,6 +368,8 @@ class HookedModel:
 def _unwrap(model: Any) -> tuple[str | None, nn.Module]:
     """The engine a model in memory already belongs to, and the transformers model inside."""
     package = type(model).__module__.partition(".")[0]
+    if type(model).__module__ == "probes.engines.vllm":
+        return "vllm", model.model
     if package == "transformer_lens":
         from probes.engines.lens import unwrapped
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,44 @@ def load(name: Name, **options: Any) -> tuple[Any, Any]:
     """
     import transformers
 
+    with _reading(name) as source:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name.base, **source)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            name.base, **source, **options
+        )
+    if name.gguf:  # the loader leaves marks that would stop the model from being saved
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    if name.adapter:
+        model = merge(model, name.adapter)
+    return model.eval(), tokenizer
+
+
+def outline(name: Name) -> tuple[Any, Any]:
+    """The same without weights: the model on the meta device, made from its configuration."""
+    import torch
+    import transformers
+
+    with _reading(name) as source:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name.base, **source)
+        config = transformers.AutoConfig.from_pretrained(name.base, **source)
+        with torch.device("meta"):
+            model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        source.pop("gguf_file", None)
+        with suppress(OSError):  # stop tokens; not every model has the file
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
+                name.base, **source
+            )
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _reading(name: Name) -> Iterator[dict[str, Any]]:
+    """What `from_pretrained` is told about where to read; its errors become sentences."""
+    import transformers
+
     quiet = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     source: dict[str, Any] = {"revision": name.revision} if name.revision else {}
@@ -146,10 +185,7 @@ def load(name: Name, **options: Any) -> tuple[Any, Any]:
     if not name.local and not _hub_answers(name):
         source["local_files_only"] = True
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name.base, **source)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name.base, **source, **options
-        )
+        yield source
     except ValueError as error:
         raise ValueError(f"cannot load {name.base!r}: {str(error).splitlines()[0]}") from error
     except OSError as error:
@@ -161,14 +197,6 @@ def load(name: Name, **options: Any) -> tuple[Any, Any]:
     finally:
         if quiet:
             transformers.utils.logging.enable_progress_bar()
-    if name.gguf:  # the loader leaves marks that would stop the model from being saved
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-    if name.adapter:
-        model = merge(model, name.adapter)
-    return model.eval(), tokenizer
 
 
 def _hub_answers(name: Name) -> bool:

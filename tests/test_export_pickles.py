@@ -321,6 +321,37 @@ def test_bytes_made_again_and_again_are_counted(tmp_path: Path) -> None:
         load(tmp_path / "d.pkl", data)
 
 
+MADE_AGAIN = {
+    "an array": (
+        b"cnumpy\ndtype\n" + pushed("u1") + b"\x85R\x94"  # h\x00 the dtype
+        b"cnumpy._core.numeric\n_frombuffer\n\x94"
+        b"B" + (9_999).to_bytes(4, "little") + b"\x00" * 9_999 + b"\x94"
+        b"J" + (9_999).to_bytes(4, "little") + b"\x85\x94]\x94",
+        b"h\x01(h\x02h\x00h\x03" + pushed("C") + b"tRa",
+    ),
+    "a dict of pairs": (
+        b"ccollections\nOrderedDict\n\x94](" + b"K\x01K\x02\x86" * 500 + b"e\x94]\x94",
+        b"h\x00h\x01\x85Ra",
+    ),
+    "attributes": (
+        VECTOR + b"\x94}(" + b"".join(pushed(f"{i}") + b"N" for i in range(500)) + b"u\x94]\x94",
+        b"h\x00)\x81h\x01ba",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MADE_AGAIN)
+def test_things_made_again_and_again_are_counted(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pickle_machine, "SPARE", 1 << 16)
+    first, again = MADE_AGAIN[case]
+    few = b"\x80\x04(" + first + again * 3 + b"t."
+    assert len(load(tmp_path / "d.pkl", few)[-1]) == 3
+    with pytest.raises(ValueError, match="makes much more data than it holds"):
+        load(tmp_path / "d.pkl", b"\x80\x04(" + first + again * 200 + b"t.")
+
+
 def test_declared_sizes_beyond_the_file_are_refused(tmp_path: Path) -> None:
     huge = torch.ones(1).expand(10**12)
     for how in ("zip", "old", 2):
@@ -401,6 +432,7 @@ def test_old_files_say_their_order_and_sizes(tmp_path: Path) -> None:
         (good + b"\x00", "data follow the end"),
         (good[:-1], "is cut off"),
         (good.replace(b"M\xe9\x03.", b"M\xe8\x03.", 1), "does not go on like one"),
+        (good[: good.rindex(b"\x80\x02]")] + b"\x80\x02(" + DOUBLED + b"l.", "list of storages"),
     ]:
         with pytest.raises(ValueError, match=said):
             load(tmp_path / "t.pt", data)

@@ -2,7 +2,7 @@
 
 An engine knows one library (plain transformers hooks, TransformerLens, nnsight) and nothing of
 tokenisers, prompts or stores. Engines are opened by name, so that only the one asked for is
-imported.
+imported. A fourth, vLLM, reads a model that a server runs, and refuses what a server cannot do.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,10 @@ from probes.layout import Layout
 from probes.sites import Site
 
 ENGINES = ("transformers", "transformer_lens", "nnsight")
+"""Engines around a model in memory."""
+
+REMOTE = ("vllm",)
+"""Engines of a model that a server runs; they read only."""
 
 
 @dataclass(frozen=True)
@@ -172,4 +176,14 @@ def open_engine(name: str, model: nn.Module, layout: Layout) -> Engine:
         from probes.engines.trace import TraceEngine
 
         return TraceEngine(model, layout)
-    raise ValueError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
+    raise ValueError(unknown(name))
+
+
+def unknown(name: str) -> str:
+    """What is said to a name that no engine around a model in memory has."""
+    if name in REMOTE:
+        return (
+            f"engine={name!r} reads a running server, not a model in memory: use "
+            f"HookedModel.load(name, engine={name!r}, server='http://127.0.0.1:8000')"
+        )
+    return f"unknown engine {name!r}: choose one of {', '.join((*ENGINES, *REMOTE))}"

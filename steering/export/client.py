@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from probes.servers import post, served_model
 from steering.export.replays import Ids, Replay
-from steering.export.servers import post
 from steering.export.vllm_lens import request_fields
 
 MOVED = 1e-3
@@ -62,15 +62,6 @@ def chat(
     }
     found = post(f"{address.rstrip('/')}/v1/chat/completions", body)
     return str(found["choices"][0]["message"]["content"])
-
-
-def served_model(address: str) -> str:
-    """The name under which the server has its model."""
-    found = post(f"{address.rstrip('/')}/v1/models").get("data") or []
-    if len(found) != 1:
-        names = ", ".join(str(entry.get("id")) for entry in found) or "none"
-        raise ValueError(f"{address} serves {len(found)} models ({names}): say which")
-    return str(found[0]["id"])
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from probes.servers import post, serving
 from steering.export.loaders import Table
 from steering.export.replays import Ids, Replay
-from steering.export.servers import post, serving
 
 HOME = "ALIGNLENS_LLAMA_CPP"
 """Environment variable: the folder made by `make serve-llamacpp`."""
+
+
+_ERROR = 4
+"""Level of errors in llama.cpp's log."""
 
 
 def llama_cpp_home() -> Path | None:
@@ -38,11 +42,8 @@ class LlamaCpp:
 
     name = "llama.cpp (C library)"
 
-    def __init__(
-        self, model: Path | str, added: Table, n_context: int = 512, *, baked: bool = False
-    ) -> None:
-        """`model`: a GGUF model. `added`: vectors by block, as its loader gives them. `baked`: the
-        model holds the edit itself, so there is none without."""
+    def __init__(self, model: Path | str, added: Table, n_context: int = 512) -> None:
+        """`model`: a GGUF model. `added`: vectors by block, as its loader gives them."""
         home = llama_cpp_home()
         if home is not None:  # the build that the server comes from
             os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(home / "bin"))
@@ -56,16 +57,18 @@ class LlamaCpp:
 
         lib = self.lib = cast(Any, llama_cpp)
         # kept as an attribute: the library calls it as long as it lives
-        self._quiet = lib.llama_log_callback(lambda _level, _text, _data: None)
+        self._log: list[str] = []
+        self._listen = lib.llama_log_callback(self._heard)
         self.version = importlib.metadata.version("llama-cpp-python")
-        lib.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        lib.llama_log_set(self._listen, ctypes.c_void_p(0))
         lib.llama_backend_init()
         settings = lib.llama_model_default_params()
         settings.n_gpu_layers = 0
         settings.use_extra_bufts = False  # the repacked path crashes on some CPUs (Q4_1)
         self.model = lib.llama_model_load_from_file(str(model).encode(), settings)
         if not self.model:
-            raise ValueError(f"llama.cpp cannot load {model}: is it a GGUF model?")
+            said = self._log[0] if self._log else "is it a GGUF model?"
+            raise ValueError(f"llama.cpp cannot load {model}: {said}")
         options = lib.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = n_context
         options.flash_attn_type = 0
@@ -74,12 +77,14 @@ class LlamaCpp:
         self.n_layers = lib.llama_model_n_layer(self.model)
         self.d_model = lib.llama_model_n_embd(self.model)
         self.n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
-        self.n_context, self.added, self.baked = n_context, added, baked
+        self.n_context, self.added = n_context, added
 
-    def replay(self, prompts: Sequence[Ids], n_tokens: int, steered: bool) -> list[Replay] | None:
+    def _heard(self, level: int, text: bytes, _data: object) -> None:
+        if level == _ERROR:
+            self._log.append(text.decode(errors="replace").strip())
+
+    def replay(self, prompts: Sequence[Ids], n_tokens: int, steered: bool) -> list[Replay]:
         """Greedy answers with the logits of each token."""
-        if self.baked and not steered:
-            return None
         self._set(self.added if steered else {})
         try:
             return [self._answer(prompt, n_tokens) for prompt in prompts]

@@ -21,6 +21,9 @@ from torch import Tensor
 MAX_STEPS = 2_000_000
 """Most instructions of a file; a tensor takes some 30."""
 
+SPARE = 1 << 26
+"""Bytes that may be made of any file, beside eight for each of its own: rows may be repeated."""
+
 STORAGES = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -69,7 +72,7 @@ class Limits:
     """What may be spent on one file, in steps and in bytes made."""
 
     def __init__(self, size: int) -> None:
-        self.steps, self.bytes = MAX_STEPS, 8 * size + (1 << 26)
+        self.steps, self.bytes = MAX_STEPS, 8 * size + SPARE
 
     def step(self) -> None:
         self.steps -= 1

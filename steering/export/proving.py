@@ -9,7 +9,7 @@ from probes.model import HookedModel
 from steering.applied import Steering
 from steering.export import loaders
 from steering.export.format_check import PROGRAMS, check_format
-from steering.export.replays import Consumer, Ids
+from steering.export.replays import Consumer, Ids, Replay
 from steering.export.verdict import Verdict, verify
 
 RUNNERS = {
@@ -80,6 +80,19 @@ def prove(
     return dataclasses.replace(checked, notes=(*checked.notes, missing))
 
 
+class Both:
+    """A program that runs the baked model, and beside it the one before, which sets the floor."""
+
+    def __init__(self, steered: Consumer, unsteered: Consumer | None) -> None:
+        self.steered, self.unsteered = steered, unsteered
+        self.name, self.version = steered.name, steered.version
+
+    def replay(self, prompts: Sequence[Ids], n_tokens: int, steered: bool) -> list[Replay] | None:
+        """Greedy answers of the one or the other."""
+        program = self.steered if steered else self.unsteered
+        return None if program is None else program.replay(prompts, n_tokens, False)
+
+
 def _consumer(
     model: HookedModel,
     steering: Steering,
@@ -107,7 +120,13 @@ def _consumer(
         from steering.export.unsteered import float32_gguf
 
         if target == "checkpoint":
-            return LlamaCpp(float32_gguf(path, scratch / "baked.gguf"), {}, baked=True), notes
+            baked = LlamaCpp(float32_gguf(path, scratch / "baked.gguf"), {})
+            try:
+                plain = LlamaCpp(gguf_model or float32_gguf(model), {})
+            except (RuntimeError, ValueError) as error:
+                notes.append(f"the model before could not be run beside it: {error}")
+                plain = None
+            return Both(baked, plain), notes
         plain = Path(gguf_model) if gguf_model is not None else float32_gguf(model)
         if runner == "llama.cpp":
             table = loaders.as_llama_cpp(path, model.n_layers, model.d_model)

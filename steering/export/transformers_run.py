@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import transformers
 
+from probes.servers import post, serving
 from steering.export.replays import Ids, Replay
-from steering.export.servers import post, serving
 
 
 class PlainTransformers:

@@ -15,7 +15,7 @@ from steering.export.checkpoint import bake
 from steering.export.client import VllmServer, chat, check, complete
 from steering.export.proving import prompts_for
 from steering.export.replays import Replay, gap, reference
-from steering.export.servers import serving
+from probes.servers import serving
 from steering.export.unsteered import plain_folder
 from steering.export.verdict import judge, verify
 from steering.export.vllm_lens import to_vllm_lens
@@ -119,7 +119,7 @@ def test_a_chat_request_is_steered_too(server: str, base: HookedModel) -> None:
 
 
 def test_a_baked_checkpoint_runs_in_vllm(base: HookedModel, tmp_path: Path) -> None:
-    what = 8 * vector(base, 12)
+    what = 8.0 * vector(base, 12)
     done = bake(base, what, tmp_path / "baked")
     program = VllmOffline(done.folder, None)
     found = verify(base, Steering(what), program, prompts_for(base, 1), 2, target="checkpoint")

@@ -1,5 +1,6 @@
-"""Servers started for a check, and requests to them. Standard library only."""
+"""Requests to servers of language models, and servers started for a check. Standard library only."""
 
+import http.client
 import json
 import socket
 import subprocess
@@ -12,25 +13,51 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def post(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600) -> dict[str, Any]:
-    """Send JSON (or, without a body, ask) and give the JSON that comes back.
+class Refused(RuntimeError):
+    """A server answered with an error."""
 
-    Raises `RuntimeError` with what the server said when it refuses, or does not answer.
+    def __init__(self, url: str, status: int, said: str) -> None:
+        super().__init__(f"{url} answered {status}: {said}")
+        self.status = status
+
+
+def ask(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600) -> bytes:
+    """Send JSON (or, without a body, just ask) and give the bytes that come back.
+
+    Raises `Refused` with what the server said, `RuntimeError` when it does not answer.
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=seconds) as answer:
-            text = answer.read()
+            return answer.read()
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:500]
-        raise RuntimeError(f"{url} answered {error.code}: {said}") from error
-    except OSError as error:
+        raise Refused(url, error.code, said) from error
+    except (OSError, http.client.HTTPException) as error:
         raise RuntimeError(f"{url} does not answer ({error}): is the server running?") from error
+
+
+def post(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600) -> dict[str, Any]:
+    """The same with JSON coming back; anything else is a `RuntimeError`."""
+    text = ask(url, body, seconds)
     try:
         return json.loads(text) if text else {}
     except ValueError as error:
         raise RuntimeError(f"{url} answered something that is no JSON: {text[:200]!r}") from error
+
+
+def served_model(address: str, wanted: str | None = None) -> str:
+    """The name under which a server has its model: the only one, or the one wanted."""
+    found = [
+        str(entry.get("id")) for entry in post(f"{address.rstrip('/')}/v1/models").get("data") or []
+    ]
+    if wanted in found or (wanted is None and len(found) == 1):
+        return wanted or found[0]
+    names = ", ".join(found) or "none"
+    if wanted is not None:
+        raise ValueError(f"{address} does not serve {wanted!r}: it has {names}")
+    raise ValueError(f"{address} serves {len(found)} models ({names}): say which")
 
 
 @contextmanager
