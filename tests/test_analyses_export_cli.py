@@ -173,9 +173,7 @@ def test_the_serving_command_is_printed_with_its_reasons(run: Run) -> None:
         (("import", "v.svec", "--location", "here"), "choose layer_output or layer_input"),
     ],
 )
-def test_mistakes_are_one_sentence(
-    arguments: tuple, said: str, run: Run, files: Path
-) -> None:
+def test_mistakes_are_one_sentence(arguments: tuple, said: str, run: Run, files: Path) -> None:
     import re
 
     found = run(*arguments)

@@ -255,6 +255,7 @@ HOSTILE = {
         b"Np4611686018427387903\n.",
         "numbers an object 46116860184",
     ),
+    "bytes for text": (b"X\xff\xff\x00\x00" + b"\xff" * 65535 + b".", "codec can't decode"),
     "a huge text": (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "damaged|expected|bytes"),
     "huge bytes": (b"\x80\x04\x8e\x00\x00\x00\x00\x10\x00\x00\x00abc.", "expected 68719476736"),
     "a huge frame": (b"\x80\x04\x95" + b"\xff" * 8 + b"Q.", "damaged"),
@@ -298,8 +299,8 @@ def test_hostile_pickles_are_refused_at_once(case: str, how: str, tmp_path: Path
 
 
 def test_deep_nesting_is_no_recursion(tmp_path: Path) -> None:
-    deep = load(tmp_path / "d.pkl", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
-    for _ in range(99_999):
+    deep = load(tmp_path / "d.pkl", b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b".")
+    for _ in range(19_999):
         (deep,) = deep
     assert deep == []
 
@@ -344,7 +345,7 @@ MADE_AGAIN = {
 def test_things_made_again_and_again_are_counted(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pickle_machine, "SPARE", 1 << 16)
+    monkeypatch.setattr(pickle_machine, "SPARE", 1 << 17)
     first, again = MADE_AGAIN[case]
     few = b"\x80\x04(" + first + again * 3 + b"t."
     assert len(load(tmp_path / "d.pkl", few)[-1]) == 3
@@ -432,7 +433,7 @@ def test_old_files_say_their_order_and_sizes(tmp_path: Path) -> None:
         (good + b"\x00", "data follow the end"),
         (good[:-1], "is cut off"),
         (good.replace(b"M\xe9\x03.", b"M\xe8\x03.", 1), "does not go on like one"),
-        (good[: good.rindex(b"\x80\x02]")] + b"\x80\x02(" + DOUBLED + b"l.", "list of storages"),
+        (good[: good.rindex(b"\x80\x02]")] + b"\x80\x02((" + DOUBLED + b"tNl.", "storages is dam"),
     ]:
         with pytest.raises(ValueError, match=said):
             load(tmp_path / "t.pt", data)

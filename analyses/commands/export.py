@@ -29,6 +29,12 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Of a checkpoint: float32, bfloat16, float16 or auto.")
     ] = "auto",
+    hub: Annotated[
+        str | None, typer.Option(help="Upload it to the Hub too, as org/name (private).")
+    ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="With --hub: folder of a sweep, for effect and null.")
+    ] = None,
 ) -> None:
     """Write steering for a program that serves it.
 
@@ -52,6 +58,8 @@ def export(
     from steering.export.exports import load_artefact
     from steering.offsets import HeadOffsets
 
+    if sweep is not None and hub is None:
+        raise ValueError("--sweep goes with --hub: its numbers are for the card")
     what = load_artefact(vector)
     if site is not None:
         if isinstance(what, HeadOffsets):
@@ -68,3 +76,9 @@ def export(
     typer.echo(f"{what} at strength {strength:g}{'' if unit == 'raw' else ' ' + unit}")
     typer.echo(f"written for {to}: {done.path}")
     typer.echo(f"prove it: alignlens verify {out}")
+    if hub is not None:
+        from steering.export.hub import push
+        from steering.sweep_result import SteeringSweep
+
+        measured = None if sweep is None else SteeringSweep.load(sweep)
+        typer.echo(f"uploaded: {push(out, hub, sweep=measured)}")

@@ -7,7 +7,9 @@ import typer
 
 
 def import_vector(
-    file: Annotated[Path, typer.Argument(help="A steering file of another tool.")],
+    file: Annotated[
+        str, typer.Argument(help="A steering file of another tool; or hub:org/name[@revision].")
+    ],
     out: Annotated[Path, typer.Option(help="Where the vector is written (.safetensors).")] = Path(
         "vector.safetensors"
     ),
@@ -40,6 +42,7 @@ def import_vector(
     \b
     alignlens import happy.gguf --model org/model
     alignlens import vector.svec --model org/model --location layer_output
+    alignlens import hub:org/name
     """
     from probes.model import HookedModel
     from steering.export.importing import import_vector as read
@@ -54,6 +57,16 @@ def import_vector(
         rows = None if layers is None else [int(k) for k in layers.split(",")]
     except ValueError:
         raise ValueError(f"--layers is {layers!r}: give numbers, as '10,11,12'") from None
+    if file.startswith("hub:"):
+        from steering.export.exports import load_artefact
+        from steering.export.hub import pull
+
+        name, _, revision = file.removeprefix("hub:").partition("@")
+        pulled = pull(name, revision or None)
+        what = load_artefact(pulled.folder / "alignlens" / "source.safetensors")
+        typer.echo(f"{pulled.steering}, exported for {pulled.target}")
+        typer.echo(f"written: {what.save(out)}")
+        return
     loaded = None if model is None else HookedModel.load(model)
     vector = read(
         file, loaded, format, producer=producer, location=location, convention=convention,  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from probes.servers import post, serving
+from probes.servers import post, serving, set_up
 from steering.export.loaders import Table
 from steering.export.replays import Ids, Replay
 
@@ -31,10 +31,9 @@ _ERROR = 4
 
 def llama_cpp_home() -> Path | None:
     """The folder with `bin` (libraries, `llama-server`) and `source`, where there is one."""
-    for found in (os.environ.get(HOME), ".serving/llama.cpp"):
-        if found and (Path(found) / "bin").is_dir():
-            return Path(found).resolve()
-    return None
+    named = os.environ.get(HOME)
+    found = set_up("llama.cpp") if named is None else Path(named)
+    return found.resolve() if found is not None and (found / "bin").is_dir() else None
 
 
 class LlamaCpp:

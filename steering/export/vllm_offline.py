@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from probes.servers import set_up
 from steering.export.replays import Ids, Replay
 
 PYTHON = "ALIGNLENS_VLLM_PYTHON"
@@ -21,9 +22,10 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 def vllm_python() -> Path:
     """The Python made by `make serve-vllm`, or the one named in the environment."""
-    for found in (os.environ.get(PYTHON), ".serving/vllm/venv/bin/python"):
-        if found and Path(found).is_file():
-            return Path(found).absolute()  # not resolved: a link is how a venv knows itself
+    named, made = os.environ.get(PYTHON), set_up("vllm")
+    found = Path(named) if named is not None else made and made / "venv" / "bin" / "python"
+    if found and found.is_file():
+        return found.absolute()  # not resolved: a link is how a venv knows itself
     raise RuntimeError(
         f"vLLM is not here: set it up with `make serve-vllm`, or name its Python in {PYTHON}"
     )

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from probes import HookedModel, datasets
+from probes.servers import serving
 from probes.sites import Site
 from steering import Origin, Steering, SteeringVector
 from steering.export.checkpoint import bake
 from steering.export.client import VllmServer, chat, check, complete
 from steering.export.proving import prompts_for
 from steering.export.replays import Replay, gap, reference
-from probes.servers import serving
 from steering.export.unsteered import plain_folder
 from steering.export.verdict import judge, verify
 from steering.export.vllm_lens import to_vllm_lens
