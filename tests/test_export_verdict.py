@@ -170,6 +170,17 @@ def test_ablation_and_head_offsets_are_judged_too() -> None:
     assert found.diagnosis == "twice as strong"
 
 
+def test_answers_that_end_before_they_begin_are_left_out() -> None:
+    class Silent(Played):
+        def answer(self, prompt: Ids, n_tokens: int) -> Replay:
+            return Replay(prompt, ()) if prompt == PROMPTS[0] else super().answer(prompt, n_tokens)
+
+    found = judged(Silent(Steering(vector()).edits(hooked())))
+    assert found.outcome == "equal" and found.n_prompts == len(PROMPTS) - 1
+    with pytest.raises(ValueError, match="no token for any prompt"):
+        verify(hooked(), Steering(vector()), Silent(()), PROMPTS[:1], target="gguf")
+
+
 def test_nan_from_a_program_is_never_equal() -> None:
     replay = Replay(PROMPTS[0], (5,), logits=torch.full((1, 200), torch.nan))
     assert gap([replay], [torch.zeros(1, 200)]).largest == torch.inf

@@ -167,18 +167,21 @@ _BARE = (
 def _pickle(path: Path) -> Inspection:
     import torch
 
-    from steering.export.pickles import load_restricted
+    from steering.export.pickles import StandIn, load_restricted
 
     found = load_restricted(path)
     if isinstance(found, torch.Tensor):
         return Inspection("block-tensor", (f"a tensor of shape {list(found.shape)}",), _BARE)
-    if hasattr(found, "layer_activations") and hasattr(found, "layer_type"):
-        layers = sorted(found.layer_activations)
+    state = found.state if isinstance(found, StandIn) else found
+    if isinstance(state, dict) and isinstance(state.get("layer_activations"), dict):
+        layers = ", ".join(map(str, state["layer_activations"]))
         return Inspection(
             "steering-vectors",
-            (f"{found.layer_type} vectors, layers {_range(layers)}",),
+            (f"{state.get('layer_type')} vectors, layers {layers}",),
             ("the model: give the one it is for",),
         )
+    if isinstance(found, StandIn):
+        return Inspection("unknown", (f"a pickled {found.name}",), ("what it is",))
     if isinstance(found, Mapping):
         return Inspection(
             "unknown", (f"a dict with keys {', '.join(map(str, list(found)[:8]))}",), _BARE

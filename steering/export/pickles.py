@@ -58,7 +58,8 @@ def load_restricted(
     try:
         return _read(path.read_bytes(), Limits(size), frozenset(stand_ins))
     except Exception as error:  # whatever breaks while a foreign file is read, the file broke
-        reason = str(error) if type(error) is ValueError else f"it is damaged ({error!r})"
+        known = type(error) is ValueError
+        reason = str(error) if known else f"it is damaged ({type(error).__name__}: {error})"
         raise ValueError(f"{path} is refused: {reason[:500]}") from error
 
 

@@ -193,6 +193,10 @@ def judge(
     notes: Sequence[str] = (),
 ) -> Verdict:
     """The verdict on answers that a program gave without (if it can) and with the export."""
+    steered = [r for r in steered if r.tokens]  # a server may end an answer before it begins
+    unsteered = None if unsteered is None else [r for r in unsteered if r.tokens]
+    if not steered or unsteered == []:
+        raise ValueError(f"{consumer} wrote no token for any prompt: give other prompts")
     kind = steered[0].kind
     floor = None if unsteered is None else gap(unsteered, reference(model, (), unsteered))
     allowed = TOLERANCE[kind] if tolerance is None else tolerance
