@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -21,7 +22,7 @@ class Refused(RuntimeError):
         self.status = status
 
 
-def ask(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600) -> bytes:
+def ask(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600.0) -> bytes:
     """Send JSON (or, without a body, just ask) and give the bytes that come back.
 
     Raises `Refused` with what the server said, `RuntimeError` when it does not answer.
@@ -38,7 +39,7 @@ def ask(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600) -
         raise RuntimeError(f"{url} does not answer ({error}): is the server running?") from error
 
 
-def post(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600) -> dict[str, Any]:
+def post(url: str, body: Mapping[str, Any] | None = None, seconds: float = 600.0) -> dict[str, Any]:
     """The same with JSON coming back; anything else is a `RuntimeError`."""
     text = ask(url, body, seconds)
     try:
@@ -60,11 +61,20 @@ def served_model(address: str, wanted: str | None = None) -> str:
     raise ValueError(f"{address} serves {len(found)} models ({names}): say which")
 
 
+def set_up(name: str) -> Path | None:
+    """The folder made by `make serve-...`, `.serving/NAME` here or in a folder above."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / ".serving" / name).is_dir():
+            return folder / ".serving" / name
+    return None
+
+
 @contextmanager
 def serving(
     line: Sequence[str],
     ready: str = "/health",
-    seconds: float = 600,
+    seconds: float = 600.0,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Run a server on a free port until the block ends; gives its address when it answers.
