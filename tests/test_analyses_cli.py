@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+import commanding
 import pytest
 import tiny
 import tiny_lineage
+from commanding import Run
 from typer.testing import CliRunner
 
 from analyses import cli
@@ -20,15 +19,6 @@ from probes.scanning import Scan
 
 VERBS = ("report", "capture", "probe", "scan", "models")
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "sklearn", "scipy", "umap", "numpy")
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """`alignlens ...` in this process, in the folder of the files."""
     monkeypatch.chdir(files)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
-
-    def outcome(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["alignlens", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        with warnings.catch_warnings():
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return Outcome(code, *capfd.readouterr())
-
-    return outcome
+    return commanding.runner(monkeypatch, capfd, quiet=False)
 
 
 def started(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+import commanding
 import pytest
 import tiny_lineage
 import torch
+from commanding import Run
 from typer.testing import CliRunner
 
 from analyses import cli
@@ -20,15 +19,6 @@ from steering import HeadOffsets, Origin, SteeringVector
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy")
 VERBS = ("export", "verify", "inspect", "import", "serve-args")
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +44,7 @@ def run(files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     monkeypatch.chdir(files)
     monkeypatch.setenv("ALIGNLENS_VLLM_PYTHON", "")
     monkeypatch.setenv("ALIGNLENS_LLAMA_CPP", "")
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-
-    def outcome(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["alignlens", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return Outcome(code, *capfd.readouterr())
-
-    return outcome
+    return commanding.runner(monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("verb", VERBS)

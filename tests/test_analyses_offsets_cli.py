@@ -1,18 +1,16 @@
 """`alignlens offsets` on tiny models, and the task it learns by default."""
 
 import json
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import commanding
 import pytest
 import tiny
 import tiny_lineage
 import torch
 
-from analyses import cli
 from probes import HookedModel, Site, datasets
 from probes.lineage import targets
 from probes.refusals import refuses
@@ -42,18 +40,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.chdir(files)
 
+    command = commanding.runner(monkeypatch, capfd, "offsets")
+
     def outcome(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["alignlens", "offsets", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # few topics, which is said
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        said = capfd.readouterr()
-        return code, said.out if code == 0 else said.err
+        done = command(*arguments)
+        return done.code, done.err if done.code else done.out
 
     return outcome
 

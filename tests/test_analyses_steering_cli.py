@@ -3,15 +3,14 @@
 import json
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
+import commanding
 import pytest
 import tiny
 import tiny_lineage
+from commanding import Run
 from typer.testing import CliRunner
 
 from analyses import cli
@@ -25,15 +24,6 @@ from steering.nulls import shuffled_vectors
 from steering.sweep import SteeringSweep
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy")
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """`alignlens ...` in this process, in the folder of the files."""
     monkeypatch.chdir(files)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-
-    def outcome(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["alignlens", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # few topics, which is said
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        return Outcome(code, *capfd.readouterr())
-
-    return outcome
+    return commanding.runner(monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("verb", ["steer", "sweep"])

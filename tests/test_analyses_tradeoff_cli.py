@@ -1,14 +1,12 @@
 """`alignlens tradeoff` on a tiny model: what it writes, what it says, and what it says to mistakes."""
 
 import json
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import commanding
 import pytest
 import tiny_lineage
+from commanding import Run
 from typer.testing import CliRunner
 
 from analyses import cli
@@ -35,29 +33,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
 def run(files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """`alignlens tradeoff ...` in this process, in the folder of the files, on few word items."""
     monkeypatch.chdir(files)
     monkeypatch.setattr(datasets, "choices", lambda: ITEMS)
     monkeypatch.setitem(command.SIZES, "quick", QUICK)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
-
-    def outcome(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["alignlens", "tradeoff", *map(str, arguments)])
-        capfd.readouterr()
-        code: Any = 0
-        with warnings.catch_warnings():
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code
-        return (int(code or 0), *capfd.readouterr())
-
-    return outcome
+    return commanding.runner(monkeypatch, capfd, "tradeoff", quiet=False)
 
 
 GIVEN = ("first", "pairs.jsonl", "--quick", "--sites", "0-1.resid_post", "--labels", "odds")
