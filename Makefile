@@ -63,7 +63,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 # the binding's source holds the whole of llama.cpp: one build gives library, server and converter
-$(SERVING)/llama.cpp/.ready: $(VENV)/.ready
+$(SERVING)/llama.cpp/.ready: | $(VENV)/.ready
 	rm -rf $(@D) && mkdir -p $(@D)/source
 	$(PIP) install --quiet cmake ninja
 	$(PIP) download --quiet --no-deps --no-binary :all: --dest $(@D) $(LLAMACPP)

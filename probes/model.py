@@ -114,25 +114,28 @@ class HookedModel:
         dtype and device. Options are `served`, the model's name there where it has several, and
         `concurrency`, the requests under way at once (8).
         """
-        if engine in REMOTE:
-            return cls._served(name, server, dtype, device, template, template_arguments, **options)
-        if engine not in ENGINES:
+        if engine not in (*ENGINES, *REMOTE):
             raise ValueError(unknown(engine))
-        if server is not None:
+        if server is not None and engine not in REMOTE:
             raise ValueError(f"server={server!r} needs engine='vllm', given was {engine!r}")
-        if "device_map" in options and engine != "transformers":
+        if "device_map" in options and engine not in ("transformers", *REMOTE):
             raise ValueError("device_map needs engine='transformers': the others copy the model")
         parsed = names.parse(name)
         if isinstance(dtype, str) and dtype != "auto":
             dtype = _dtype(dtype)
-        model, tokenizer = names.load(parsed, dtype=dtype, **options)
-        if "device_map" not in options:
-            model = model.to(device or _best_device())
-        # a quantised or otherwise altered model is not the one in the files: hash what was loaded
-        same = set(options) <= _HARMLESS
-        fingerprint = names.fingerprint_files(parsed) if same else None
-        if fingerprint is not None:
-            fingerprint += f"-{model.dtype}".replace("torch.", "")
+        if engine in REMOTE:
+            from probes.served import connect
+
+            model, tokenizer, fingerprint = connect(parsed, server, dtype, device, options)
+        else:
+            model, tokenizer = names.load(parsed, dtype=dtype, **options)
+            if "device_map" not in options:
+                model = model.to(device or _best_device())
+            # a model quantised or otherwise altered is not that of the files: hash what was loaded
+            same = set(options) <= _HARMLESS
+            fingerprint = names.fingerprint_files(parsed) if same else None
+            if fingerprint is not None:
+                fingerprint += f"-{model.dtype}".replace("torch.", "")
         hooked = cls(
             model,
             tokenizer,
@@ -141,50 +144,6 @@ class HookedModel:
             template_arguments=template_arguments,
             name=name,
             fingerprint=fingerprint,
-        )
-        hooked.label = parsed.label
-        return hooked
-
-    @classmethod
-    def _served(
-        cls,
-        name: str,
-        server: str | None,
-        dtype: str | torch.dtype,
-        device: str | None,
-        template: str | None,
-        template_arguments: Mapping[str, Any] | None,
-        **options: Any,
-    ) -> "HookedModel":
-        """`load` for a model that a server runs."""
-        from probes.engines.vllm import START, VllmEngine
-
-        if server is None:
-            raise ValueError(f"engine='vllm' reads a running server: {START}")
-        if odd := sorted(
-            {*options} - {"served", "concurrency"} | ({"device"} if device else set())
-        ):
-            raise ValueError(
-                f"with engine='vllm' the model is loaded by the server: {', '.join(odd)} cannot be "
-                "chosen here, only served and concurrency"
-            )
-        parsed = names.parse(name)
-        outline, tokenizer = names.outline(parsed)
-        engine = VllmEngine(outline, server, **options)
-        if dtype not in ("float32", "auto") and _dtype(str(dtype)) != outline.dtype:
-            raise ValueError(
-                f"the server runs {engine.served!r} in {engine.check.dtype}, asked for was {dtype}: "
-                "start it with --dtype, or leave dtype out"
-            )
-        engine.check_tokenizer(tokenizer)
-        files = names.fingerprint_files(parsed) or names.fingerprint_memory(outline, tokenizer)
-        hooked = cls(
-            engine,
-            tokenizer,
-            template=template,
-            template_arguments=template_arguments,
-            name=name,
-            fingerprint=f"{files}-{engine.check.dtype}-{engine.served}",
         )
         hooked.label = parsed.label
         return hooked

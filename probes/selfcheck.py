@@ -30,7 +30,8 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Check:
-    """What the check measured."""
+    """What the check measured; NaN for a model that a server runs, where there is nothing to
+    measure against."""
 
     engine: str
     dtype: str

@@ -237,6 +237,16 @@ def test_hostile_headers_are_refused_before_anything_is_allocated(
         read_gguf(path)
 
 
+def test_tensors_that_share_their_bytes_take_no_more_than_the_file(tmp_path: Path) -> None:
+    """Many tensors at one place would make much of a small file."""
+    infos = b"".join(struct.pack("<Q1sIQIQ", 1, bytes([97 + i]), 1, 256, 0, 0) for i in range(20))
+    head = b"GGUF" + struct.pack("<IQQ", 3, 20, 0) + infos
+    head += bytes(-len(head) % 32)
+    (tmp_path / "bomb.gguf").write_bytes(head + bytes(1024))
+    with pytest.raises(ValueError, match="lie over one another"):
+        read_gguf(tmp_path / "bomb.gguf")
+
+
 def test_what_no_server_adds_is_refused_with_what_can_hold_it() -> None:
     model = hooked()
     v = torch.ones(WIDTH)

@@ -1,12 +1,15 @@
 """Exports as folders: what is written for each target, read back, checked without the program."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import hooked
+from tiny import hooked, tokenizer
 
+from probes import HookedModel
 from probes.sites import Site, Unsupported
 from steering import HeadOffsets, Origin, SteeringVector
 from steering.export.exports import TARGETS, export, load_artefact, read_export
@@ -85,9 +88,43 @@ def test_a_checkpoint_is_proven_by_plain_transformers(tmp_path: Path) -> None:
     done = export(vector(), "checkpoint", tmp_path / "out", model=hooked())
     assert read_export(tmp_path / "out").path == tmp_path / "out"
     found = prove(hooked(), done.steering, done.path, "checkpoint", n_tokens=2)
-    assert found.outcome == "equal" and found.floor is None
+    assert found.outcome == "equal"
+    assert found.floor is not None and found.floor < 1e-4  # the model before ran as well
     with pytest.raises(ValueError, match="no loader"):
         prove(hooked(), done.steering, done.path, "checkpoint", "format")
+
+
+def test_ablation_at_one_site_is_proven_as_the_ablation_that_is_baked(tmp_path: Path) -> None:
+    """The weights lose the vector at every write, and so does what was meant."""
+    done = export(vector().doing("ablate"), "checkpoint", tmp_path / "out", model=hooked())
+    assert len(done.steering.what.edits(hooked())) > 1
+    found = prove(hooked(), done.steering, done.path, "checkpoint", n_tokens=3)
+    assert found.outcome == "equal", str(found)
+
+
+def test_a_half_precision_checkpoint_is_equal_within_its_own_rounding(tmp_path: Path) -> None:
+    half, plain = copy.deepcopy(hooked().model), copy.deepcopy(hooked().model)
+    for weight, rounded in zip(plain.parameters(), half.parameters(), strict=True):
+        rounded.data = rounded.data.bfloat16()  # weights only: rotary frequencies stay as they are
+        weight.data = rounded.data.float()
+    half.config.dtype = torch.bfloat16
+    model = HookedModel(half, tokenizer(), name="half")
+    wide = HookedModel(plain, tokenizer(), name="widened")
+    made = export(vector(), "checkpoint", tmp_path / "out", strength=0.37, model=model)
+    found = prove(wide, made.steering, made.path, "checkpoint", n_tokens=3)
+    assert found.outcome == "equal", str(found)
+    assert found.gaps["as it was made"] > 1e-4  # the bias is rounded to bfloat16
+
+
+def test_a_vector_of_another_checkpoint_is_noted(tmp_path: Path) -> None:
+    other = copy.deepcopy(hooked().model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.1)
+    model = HookedModel(other, tokenizer(), name="another checkpoint")
+    made = export(vector(), "checkpoint", tmp_path / "out", model=model)
+    found = prove(model, made.steering, made.path, "checkpoint", n_tokens=3)
+    assert found.outcome == "equal"
+    assert any("made on another checkpoint" in note for note in found.notes)
 
 
 def test_a_checkpoint_that_lost_its_flag_is_not_applied(tmp_path: Path) -> None:
@@ -114,6 +151,39 @@ def test_nothing_is_written_over_and_nothing_half_written(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="give it with --model"):
         export(vector(), "checkpoint", tmp_path / "zero")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_that_do_more_than_add_are_not_called_checked(tmp_path: Path) -> None:
+    lens = export(vector(), "vllm-lens", tmp_path / "lens")
+    entry = json.loads(lens.path.read_text())
+    path = tmp_path / "other.json"
+    for change in ({"norm_match": True}, {"position_indices": [0]}):
+        path.write_text(json.dumps({**entry, **change}))
+        with pytest.raises(ValueError, match="scales this vector to each token"):
+            check_format(path, "vllm-lens", lens.steering)
+    easy = export(vector(), "easysteer", tmp_path / "easy", scope="generated")
+    assert check_format(easy.path, "easysteer", easy.steering).outcome == "format checked"
+    said = json.loads(easy.path.read_text())
+    path = tmp_path / "easy" / "other.json"
+    for change in ({"algorithm": "erase"}, {"normalize": True}):
+        path.write_text(json.dumps({**said, "vectors": [{**said["vectors"][0], **change}]}))
+        with pytest.raises(ValueError, match="EasySteer does more than add"):
+            check_format(path, "easysteer", easy.steering)
+    for apply in ({}, {"prompt": "all"}, {"prompt": "all", "generation": "all"}):
+        path.write_text(json.dumps({**said, "vectors": [{**said["vectors"][0], "apply": apply}]}))
+        found = check_format(path, "easysteer", easy.steering)
+        assert found.outcome == "different" and "it acts at the tokens" in str(found)
+
+
+def test_a_file_that_the_server_would_look_for_elsewhere_is_refused(tmp_path: Path) -> None:
+    export(vector(), "vllm-hook", tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = read_export(tmp_path / "moved")
+    with pytest.raises(ValueError, match="would look for"):
+        check_format(moved.path, "vllm-hook", moved.steering)
+    gpt2 = replace(vector().origin, model_type="gpt2")
+    with pytest.raises(Unsupported, match="hook nothing and go on"):
+        export(replace(vector(), origin=gpt2), "vllm-hook", tmp_path / "gpt2")
 
 
 @pytest.mark.parametrize("target", FILES)
@@ -143,6 +213,9 @@ def test_a_changed_file_is_not_taken_for_the_export(tmp_path: Path) -> None:
         ({"format": 2}, "its format is 2"),
         ({"target": "onnx"}, "its target is"),
         ({"extra": 1}, "damaged"),
+        ({"hashes": ["x"]}, "damaged"),
+        ({"strength": float("nan")}, "strength is nan"),
+        ({"unit": "metres"}, "unit is 'metres'"),
     ],
 )
 def test_a_damaged_record_is_refused(change: dict, said: str, tmp_path: Path) -> None:

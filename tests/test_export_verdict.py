@@ -150,6 +150,36 @@ def test_a_program_of_little_precision_sets_its_own_floor() -> None:
     assert ignored.outcome == "not applied"
 
 
+@pytest.mark.parametrize("fault", [*FAULTS, "ignored"])
+@pytest.mark.parametrize(("noise", "strength"), [(0.01, 0.1), (0.03, 0.5), (0.0, 1e-4)])
+def test_no_fault_is_called_equal_where_the_program_is_inexact(
+    noise: float, strength: float, fault: str
+) -> None:
+    """An effect near the floor is no ground for a verdict, whichever way the noise falls."""
+    meant = Steering(vector(), strength)
+    served = replace(FAULTS[fault], strength=strength * FAULTS[fault].strength).edits(hooked()) if (
+        fault in FAULTS
+    ) else ()  # fmt: skip
+    assert judged(Played(served, noise=noise), meant).outcome != "equal"
+
+
+def test_answers_of_one_token_cannot_tell_where_steering_acts() -> None:
+    one = Played(Steering(vector(), schedule=Schedule("prompt")).edits(hooked()))
+    found = verify(hooked(), Steering(vector()), one, PROMPTS, 1, target="gguf")
+    assert found.outcome == "cannot tell"
+    assert found.rivals == ("at prompt tokens only",)
+    assert "the answers would be the same at prompt tokens only" in str(found)
+
+
+def test_a_program_that_gives_nan_is_another_model_and_its_verdict_is_kept(tmp_path: Path) -> None:
+    broken = Played(Steering(vector()).edits(hooked()), noise=float("nan"))
+    found = judged(broken)
+    assert found.outcome == "another model"
+    assert found.diagnosis == "none of these ways comes near"
+    write_verdict(found, tmp_path / "verdict")
+    assert Verdict.load(tmp_path / "verdict").outcome == "another model"
+
+
 def test_text_alone_tells_equal_from_ignored() -> None:
     strong = Steering(vector(), 4.0)
     assert judged(Played(strong.edits(hooked()), "tokens"), strong).outcome == "equal"
@@ -206,7 +236,7 @@ def test_the_page_of_each_outcome_says_what_it_means() -> None:
         ("equal", "are those of the edit that was meant"),
         ("not applied", "Do not use this export"),
         ("another model", "nothing can be said of the vector"),
-        ("cannot tell", "less than the program is exact to"),
+        ("cannot tell", "do not tell what was meant from something else"),
         ("format checked", "was not run"),
     ):
         assert said in page(replace(equal, outcome=outcome))

@@ -60,6 +60,9 @@ def export(
 
     if sweep is not None and hub is None:
         raise ValueError("--sweep goes with --hub: its numbers are for the card")
+    from steering.sweep_result import SteeringSweep
+
+    measured = None if sweep is None else SteeringSweep.load(sweep)
     what = load_artefact(vector)
     if site is not None:
         if isinstance(what, HeadOffsets):
@@ -75,10 +78,9 @@ def export(
     done = exports.export(what, to, out, strength=strength, unit=unit, scope=scope, model=loaded)
     typer.echo(f"{what} at strength {strength:g}{'' if unit == 'raw' else ' ' + unit}")
     typer.echo(f"written for {to}: {done.path}")
-    typer.echo(f"prove it: alignlens verify {out}")
+    if to == "checkpoint" or getattr(what, "operation", "add") == "add":
+        typer.echo(f"prove it: alignlens verify {out}")
     if hub is not None:
         from steering.export.hub import push
-        from steering.sweep_result import SteeringSweep
 
-        measured = None if sweep is None else SteeringSweep.load(sweep)
         typer.echo(f"uploaded: {push(out, hub, sweep=measured)}")

@@ -47,6 +47,8 @@ def import_vector(
     from probes.model import HookedModel
     from steering.export.importing import import_vector as read
 
+    if out.exists():
+        raise FileExistsError(f"there is a file {out} already: give another with --out")
     for name, value, choices in (
         ("--location", location, ("layer_output", "layer_input")),
         ("--convention", convention, ("block_output", "hidden_states")),

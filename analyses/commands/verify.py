@@ -33,6 +33,7 @@ def verify(
     ] = None,
     strength: Annotated[float, typer.Option(help="With --vector: the strength meant.")] = 1.0,
     unit: Annotated[str, typer.Option(help="With --vector: its unit.")] = "raw",
+    scope: Annotated[str, typer.Option(help="With --vector: the tokens meant.")] = "all",
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts to replay. Default: shipped requests.")
     ] = None,
@@ -45,7 +46,7 @@ def verify(
         str | None, typer.Option(help="The llama-server program, or a vLLM server's address.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the verdict. Default: EXPORT/verdict.")
+        Path | None, typer.Option(help="Folder of the verdict. Default: EXPORT-verdict.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
@@ -55,7 +56,8 @@ def verify(
     the edit that was meant; their distributions are compared. The verdict is one of: applied and
     equal; applied but different (with the fault that explains it); NOT APPLIED; another model;
     cannot tell; or, where the program is not here, format checked, not run. The exit code is 0 for
-    the first and for a checked format, else 1.
+    the first and for a checked format, else 1. A float32 copy of the model that a program needs
+    (four bytes a parameter) is kept in the cache folder.
 
     \b
     alignlens verify shipped
@@ -66,9 +68,11 @@ def verify(
     from probes.contrast import Contrast
     from probes.model import HookedModel
     from steering.applied import Steering
-    from steering.export.exports import load_artefact, read_export
-    from steering.export.proving import prompts_for, prove
+    from steering.export.exports import as_baked, load_artefact, read_export
+    from steering.export.proving import ids_of, prompts_for, prove
+    from steering.export.verdict import Verdict
     from steering.export.verdict_page import write_verdict
+    from steering.schedule import Schedule
 
     if tokens < 2:
         raise ValueError(
@@ -79,18 +83,24 @@ def verify(
     if (vector is None) != (to is None):
         raise ValueError("--vector and --to go together: what was meant, and what the file is for")
     if vector is not None and to is not None:
-        steering, path, kind = Steering(load_artefact(vector), strength, unit), exported, to
-        folder = out or exported.with_name(f"{exported.name}-verdict")
+        schedule = Schedule(scope)  # pyright: ignore[reportArgumentType]
+        steering = Steering(load_artefact(vector), strength, unit, schedule)
+        path, kind = exported, to
     else:
         said = read_export(exported)
         steering, path, kind = said.steering, said.path, said.target
-        folder = out or exported.with_name(f"{exported.name}-verdict")
+    whole = exported.resolve()
+    folder = out or whole.with_name(f"{whole.name}-verdict")
+    if (folder / "result.json").is_file():
+        Verdict.load(folder)  # one of another kind is not written over
     loaded = HookedModel.load(model or steering.what.origin.model, device="cpu")
+    if kind == "checkpoint":
+        steering = dataclasses.replace(steering, what=as_baked(steering.what, loaded))
     ids = None
     if prompts is not None:
         read = datasets.read(prompts)
         asked = list(read.prompts) if isinstance(read, Contrast) else read
-        ids = [tuple(loaded.template.render(prompt).ids) for prompt in asked[:n]]
+        ids = ids_of(loaded, asked[:n])
     found = prove(
         loaded, steering, path, kind, target,
         prompts=ids or prompts_for(loaded, n), n_tokens=tokens, gguf_model=gguf_model, server=server,

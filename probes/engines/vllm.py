@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -19,24 +18,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.engines import Batch, Edit, Keep, whole
-from probes.layout import Block, Layout
+from probes.layout import Layout
 from probes.selfcheck import Check
 from probes.servers import Refused, ask, post, served_model
-from probes.sites import PARTS, Site, Unsupported
+from probes.sites import Site, Unsupported
 from probes.wire import decode
-
-START = (
-    "start one with `vllm serve MODEL --no-enable-prefix-caching` in a Python that has vllm-lens, "
-    "and pass its address: HookedModel.load(name, engine='vllm', server='http://127.0.0.1:8000')"
-)
 
 CONCURRENCY = 8
 """Requests under way at once; the server runs them as one batch."""
 
-_ELSEWHERE = (
+ELSEWHERE = (
     "a vLLM server returns what leaves each block only: read resid_post (or resid_pre of a block "
     "after the first), or load the model with engine='transformers'"
 )
+"""What is said where another part is asked for."""
 
 T = TypeVar("T")
 
@@ -44,9 +39,9 @@ T = TypeVar("T")
 class VllmEngine:
     """Reads the residual stream of the model that a server runs.
 
-    `model` is the same model without weights (on the meta device): its configuration says how many
-    layers of what width to expect. Opening the engine asks one short prompt at all layers; a server
-    that does not answer, has no vllm-lens or runs a model of other sizes is an error.
+    `model` is the same model without weights (on the meta device) and `layout` says how many layers
+    of what width to expect. Opening the engine asks one short prompt at all layers; a server that
+    does not answer, has no vllm-lens or runs a model of other sizes is an error.
     """
 
     name = "vllm"
@@ -55,6 +50,7 @@ class VllmEngine:
     def __init__(
         self,
         model: nn.Module,
+        layout: Layout,
         server: str,
         *,
         served: str | None = None,
@@ -65,7 +61,7 @@ class VllmEngine:
             raise ValueError(f"concurrency is {concurrency}, expected at least 1")
         self.address, self.concurrency = server.rstrip("/"), concurrency
         self.served = served_model(self.address, served)
-        self.layout = outline(model)
+        self.layout = layout
         self.longest = self._longest()
         ids = [(7 * i + 5) % min(self.layout.vocab_size, 180) for i in range(6)]
         dtype = self._ask(ids, None).dtype
@@ -74,22 +70,6 @@ class VllmEngine:
             self.name, str(dtype).removeprefix("torch."), math.nan, math.nan, math.nan, False,
             math.nan,
         )  # fmt: skip
-
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer that gives other ids than the server's, where the server has one."""
-        text = "What is 17 + 25?\n\nDer Zug fährt um 9:05 ab."
-        body = {"model": self.served, "prompt": text, "add_special_tokens": False}
-        try:
-            there = post(f"{self.address}/tokenize", body).get("tokens")
-        except Refused:  # started without a tokenizer, or without this route: it only gets ids
-            return
-        here = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if there != here:
-            raise ValueError(
-                f"the tokenizer of {self.served!r} at {self.address} gives other token ids than "
-                f"the one loaded here ({str(there)[:60]} and {str(here)[:60]}): load the model "
-                "that the server runs"
-            )
 
     def read(self, batch: Batch, sites: Sequence[Site], keep: Keep = whole) -> dict[Site, Tensor]:
         """See `Engine.read`. One request a row, several at once; values at pads are 0.
@@ -177,7 +157,7 @@ class VllmEngine:
         """The block whose output is read for a site."""
         self.layout.check(site)
         if site.part not in ("resid_post", "resid_pre"):
-            raise Unsupported(f"{site} cannot be read here: {_ELSEWHERE}")
+            raise Unsupported(f"{site} cannot be read here: {ELSEWHERE}")
         return site.layer if site.part == "resid_post" else site.layer - 1
 
     def _ask(
@@ -254,36 +234,4 @@ class VllmEngine:
         lines = [
             line for line in text.splitlines() if line.startswith("vllm:num_preemptions_total")
         ]
-        return sum(float(line.split()[-1]) for line in lines)
-
-
-def outline(model: Any) -> Layout:
-    """The sizes of a model from its configuration, and the parts that a server returns.
-
-    The numbers of heads are there because they say which models a vector fits.
-    """
-    text = model.config.get_text_config()
-    width, n_heads = text.hidden_size, getattr(text, "num_attention_heads", None)
-    readable = {"resid_pre", "resid_post"}
-    heads, widths = {}, dict.fromkeys(readable, width)
-    if isinstance(n_heads, int) and n_heads:
-        own = (getattr(text, name, None) for name in ("v_head_dim", "head_dim"))
-        n_kv = getattr(text, "num_key_value_heads", None)
-        heads = {"head_out": n_heads, "k": n_kv if isinstance(n_kv, int) else n_heads}
-        widths["head_out"] = next((d for d in own if isinstance(d, int)), width // n_heads)
-        readable.add("head_out")  # refused by the engine: the model has it
-    refused = dict.fromkeys([part for part in PARTS if part not in readable], _ELSEWHERE)
-    blocks = tuple(
-        Block(
-            path=f"layers.{layer}",
-            attention="",
-            points=MappingProxyType({}),
-            refused=MappingProxyType(refused if layer else {**refused, "resid_pre": _ELSEWHERE}),
-            heads=MappingProxyType(heads),
-            widths=MappingProxyType(widths),
-            sums=False,
-        )
-        for layer in range(text.num_hidden_layers)
-    )
-    architecture, kind = type(model).__name__, model.config.model_type
-    return Layout(blocks, width, text.vocab_size, architecture, False, kind)
+        return sum((float(line.split()[-1]) for line in lines), 0.0)

@@ -94,10 +94,10 @@ def check(
     *,
     model: str | None = None,
 ) -> Moved:
-    """Ask one prompt without, with, and again without the vector.
+    """Ask one prompt without, with, and again without the vector; the third shows the noise.
 
-    The third request would show a prefix cache that hands steered keys to others: it then differs
-    from the first, and the change counts as noise of the server.
+    A prefix cache that hands steered keys to others is not seen here, because the first request
+    fills it with keys of its own: serve without one (`alignlens serve-args`).
     """
     name = model or served_model(address)
     plain, steered, again = (

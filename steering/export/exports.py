@@ -9,6 +9,7 @@ The record has a folder of its own because servers read every safetensors file b
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ RECORD = "alignlens"
 """Sub-folder of the record."""
 
 FORMAT = 1
+
+ELSEWHERE = ("gpt2", "gpt_neox", "gptj", "opt", "falcon", "bloom", "mpt", "mamba", "mamba2")
+"""Architectures whose blocks vLLM does not call `model.layers`."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,22 @@ def export(
         if model is None:
             raise ValueError("a checkpoint is made from a model: give it with --model")
         bake(model, what, folder, strength, unit)
-        return _recorded(folder, what, target, ".", strength, unit, scope)
+        return _recorded(folder, as_baked(what, model), target, ".", strength, unit, scope)
     with files.folder(folder) as temporary:
         file = _write(what, target, temporary, folder.resolve(), strength, unit, scope)
         _recorded(temporary, what, target, file, strength, unit, scope)
         if folder.exists():
             folder.rmdir()
     return read_export(folder)
+
+
+def as_baked(
+    what: SteeringVector | HeadOffsets, model: HookedModel
+) -> SteeringVector | HeadOffsets:
+    """What a checkpoint does of it: ablation at one site is ablation at every write there."""
+    if isinstance(what, HeadOffsets) or what.operation != "ablate" or len(what.sites) > 1:
+        return what
+    return what.everywhere(model)
 
 
 def _write(
@@ -139,6 +152,11 @@ def _write(
     if target == "vllm-hook":
         from steering.export.vllm_hook import write_vllm_hook
 
+        if what.origin.model_type in ELSEWHERE:
+            raise Unsupported(
+                f"vLLM-Hook looks for blocks at model.layers, and {what.origin.model_type} has them "
+                "elsewhere: it would hook nothing and go on; export with --to vllm-lens"
+            )
         write_vllm_hook(folder, offsets, vector_path=str(final / "vector.pt"))
         return "steering.json"
     from steering.export.control_vector import write_control_vector
@@ -193,12 +211,16 @@ def read_export(folder: Path | str) -> Export:
         if version != FORMAT:
             raise ValueError(f"its format is {version}, this version reads {FORMAT}")
         found = Export(folder, **said)
-        for name in (found.file, *found.hashes):
+        for name in (found.file, *found.hashes.keys()):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"it names a file outside of it, {name!r}")
         if found.target not in TARGETS:
             raise ValueError(f"its target is {found.target!r}")
-    except (KeyError, TypeError, ValueError) as error:
+        if found.unit not in ("raw", "unit", "fraction", "sigma"):
+            raise ValueError(f"its unit is {found.unit!r}")
+        if not math.isfinite(found.strength):
+            raise ValueError(f"its strength is {found.strength}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the export in {folder} is damaged: {error}") from error
     for name, digest in found.hashes.items():
         there = folder / name

@@ -13,7 +13,8 @@ from steering.applied import Steering
 from steering.export import loaders
 from steering.export.blocks import block_offsets
 from steering.export.loaders import Table
-from steering.export.verdict import MEANT, NONE, Verdict
+from steering.export.verdict import ENDLESS, MEANT, NONE, Verdict
+from steering.export.vllm_lens import read_entries
 
 TOLERANCE = 1e-6
 """Largest difference of an entry, relative to the largest entry that was meant."""
@@ -33,7 +34,7 @@ def table_of(path: Path | str, target: str, n_layers: int, d_model: int) -> Tabl
     if target == "gguf":
         return loaders.as_llama_cpp(path, n_layers, d_model)
     if target == "vllm-lens":
-        return loaders.as_vllm_lens(f"[{path.read_text()}]", n_layers, d_model)
+        return loaders.as_vllm_lens(read_entries(path), n_layers, d_model)
     if target == "easysteer":
         return loaders.as_easysteer(path.read_text(), path.parent)
     if target == "vllm-hook":
@@ -65,14 +66,20 @@ def check_format(path: Path | str, target: str, steering: Steering) -> Verdict:
         "one block late": {k + 1: v for k, v in meant.items()},
         "one block early": {k - 1: v for k, v in meant.items()},
     }
-    gaps = {way: _difference(found, table) / size for way, table in tables.items()}
+    gaps = {way: min(_difference(found, table) / size, ENDLESS) for way, table in tables.items()}
     best = min(gaps, key=lambda way: gaps[way])
     outcome = (
         "format checked" if gaps[MEANT] <= TOLERANCE
         else "not applied" if gaps[NONE] <= TOLERANCE
         else "different"
     )  # fmt: skip
-    near = gaps[best] <= TOLERANCE and best != MEANT
+    notes = [f"its vectors are those meant, {best}"] if best != MEANT else []
+    if gaps[best] > TOLERANCE:
+        notes = []
+    if outcome == "format checked" and target == "easysteer":
+        wrong = loaders.easysteer_scope(Path(path).read_text(), steering.schedule.scope)
+        if wrong:
+            outcome, notes = "different", [wrong]
     return Verdict(
         outcome=outcome,
         target=target,
@@ -87,7 +94,7 @@ def check_format(path: Path | str, target: str, steering: Steering) -> Verdict:
         allowed=TOLERANCE,
         n_prompts=0,
         n_tokens=0,
-        notes=(f"its vectors are those meant, {best}",) if near else (),
+        notes=tuple(notes),
         record=Record(models=(origin.model,), fingerprints=(origin.fingerprint,)),
     )
 

@@ -16,6 +16,9 @@ from jaxtyping import Shaped
 LARGEST = 2**31
 """Bytes above which a file is no control vector; a whole model is not to be read by mistake."""
 
+MOST_VALUES = 2**14
+"""Longest array in the metadata; a model's vocabulary is longer, a control vector has none."""
+
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q",
             11: "<q", 12: "<d"}  # fmt: skip
 _NAMES = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32",
@@ -83,10 +86,14 @@ class _Reader:
             raise ValueError(f"its alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
         tensors: dict[str, np.ndarray] = {}
+        held = 0
         for name, shape, kind, offset in infos:
             if name in tensors:
                 raise ValueError(f"it holds two tensors {name!r}")
             tensors[name] = self.tensor(name, shape, kind, start + offset)
+            held += tensors[name].nbytes
+            if held > len(self.data):
+                raise ValueError("its tensors lie over one another")
         return GGUFFile(metadata, types, tensors)
 
     def take(self, n: int) -> bytes:
@@ -118,6 +125,8 @@ class _Reader:
         if inner == _ARRAY or inner not in _NAMES:
             raise ValueError(f"an array of type {inner} in its metadata is not read")
         self.room(n, 8 if inner == _STRING else struct.calcsize(_NUMBERS[inner]), "values")
+        if n > MOST_VALUES:
+            raise ValueError(f"an array of {n} values in its metadata: is it a model?")
         return [self.value(inner) for _ in range(n)]
 
     def info(self) -> tuple[str, tuple[int, ...], int, int]:

@@ -81,7 +81,8 @@ def push(
     verdict: Verdict | None = None,
     private: bool = True,
 ) -> str:
-    """Upload an export with its card to `org/name`; gives its address. Private unless said.
+    """Upload an export with its card to `org/name`; gives its address. A repository that is made
+    for it is private unless said; one that exists stays as it is.
 
     Raises `ConnectionError` where the Hub cannot be reached; the card then lies in the folder.
     """
@@ -128,10 +129,19 @@ def pull(repository: str, revision: str | None = None) -> Export:
 def _effects(exported: Export, sweep: SteeringSweep | None) -> str:
     if sweep is None:
         return f"Effect: {NOT_MEASURED}."
+    what = exported.steering.what
+    shown = (
+        set()
+        if isinstance(what, HeadOffsets)
+        else {(str(site), what.operation) for site in what.sites}
+    )
     near = [
         i
-        for i, strength in enumerate(sweep.strengths.tolist())
+        for i, (cell, strength) in enumerate(
+            zip(sweep.cells, sweep.strengths.tolist(), strict=True)
+        )
         if abs(strength - exported.strength) <= 1e-6 * abs(exported.strength)
+        and (cell.site, cell.operation) in shown
     ]
     if sweep.unit != exported.unit or not near:
         return (

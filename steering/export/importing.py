@@ -101,18 +101,28 @@ def _read(
 def _easysteer(path: Path, origin: Origin) -> SteeringVector:
     import json
 
-    from steering.export.easysteer import read_wire
+    from steering.export.easysteer import check_request, read_wire
+    from steering.export.loaders import easysteer_scope
 
     found = json.loads(path.read_text())
+    layers = None
     if "vectors" in found:
+        check_request(found)
         vectors = found["vectors"]
         if len(vectors) != 1 or not vectors[0].get("data"):
             raise ValueError(
                 f"{path} is a request with {len(vectors)} vectors; one that is sent along can be "
                 "read, and a GGUF that it names by itself"
             )
-        found, scale = vectors[0]["data"], float(vectors[0].get("scale", 1.0))
+        first = vectors[0]
+        other = easysteer_scope(found, "all")
+        if first["algorithm"] != "direct" or first.get("normalize") or other:
+            raise ValueError(
+                f"{path} does more than add a vector at all tokens: "
+                f"{other or 'algorithm ' + first['algorithm']}; a constant vector cannot say that"
+            )
+        found, scale, layers = first["data"], float(first.get("scale", 1.0)), first.get("layers")
     else:
         scale = 1.0
-    rows = read_wire(found)
+    rows = {k: v for k, v in read_wire(found).items() if layers is None or k in layers}
     return SteeringVector({Site(k, "resid_post"): scale * v for k, v in rows.items()}, origin)

@@ -143,7 +143,7 @@ def _json(path: Path) -> Inspection:
     if isinstance(first.get("vectors"), list):
         said = (f"a request with {len(first['vectors'])} vectors, for outputs of blocks",)
         return Inspection("easysteer", said, ("the model: give the one it is for",))
-    if "directions" in first and "model_type" in first:
+    if isinstance(first.get("directions"), Mapping) and "model_type" in first:
         layers = ", ".join(list(first["directions"])[:12])
         return Inspection(
             "svec",

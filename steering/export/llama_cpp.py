@@ -9,7 +9,9 @@ rounding. A quantised model rounds activations too: its own floor then stands in
 import ctypes
 import importlib.metadata
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -146,9 +148,12 @@ class LlamaServer:
 
     def replay(self, prompts: Sequence[Ids], n_tokens: int, steered: bool) -> list[Replay]:
         """Greedy answers with the five likeliest tokens' log-probabilities."""
-        vector = ["--control-vector-scaled", f"{self.vector}:{self.scale}"] if steered else []
-        with serving(server_line(self.binary, self.model, vector)) as address:
-            return [self._answer(address, prompt, n_tokens) for prompt in prompts]
+        with tempfile.TemporaryDirectory() as scratch:
+            # commas and colons part that argument's fields, so the file gets a plain name
+            plain = shutil.copy(self.vector, Path(scratch) / "vector.gguf")
+            vector = ["--control-vector-scaled", f"{plain}:{self.scale}"] if steered else []
+            with serving(server_line(self.binary, self.model, vector)) as address:
+                return [self._answer(address, prompt, n_tokens) for prompt in prompts]
 
     def _answer(self, address: str, prompt: Ids, n_tokens: int) -> Replay:
         asked = {
@@ -156,9 +161,16 @@ class LlamaServer:
             "cache_prompt": False, "ignore_eos": False, "return_tokens": True,
         }  # fmt: skip
         got = post(f"{address}/completion", asked)
-        steps = got["completion_probabilities"]
-        top = tuple({t["id"]: t["logprob"] for t in step["top_logprobs"]} for step in steps)
-        return Replay(prompt, tuple(step["id"] for step in steps), top=top)
+        tokens, top = [], []
+        # it leaves out tokens that are part of a character: the answer is read up to the first
+        for token, step in zip(
+            got["tokens"], got.get("completion_probabilities", []), strict=False
+        ):
+            if step["id"] != token:
+                break
+            tokens.append(token)
+            top.append({t["id"]: t["logprob"] for t in step["top_logprobs"]})
+        return Replay(prompt, tuple(tokens), top=tuple(top))
 
 
 def server_line(binary: str, model: str, more: Sequence[str] = ()) -> list[str]:

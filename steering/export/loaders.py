@@ -68,6 +68,8 @@ def as_vllm_lens(payload: str | list[Any], n_layers: int, d_model: int) -> Table
     vectors = json.loads(payload) if isinstance(payload, str) else payload
     table: Table = {}
     for vector in vectors:
+        if vector.get("norm_match") or vector.get("position_indices") is not None:
+            raise ValueError("vllm-lens scales this vector to each token, or adds it at some only")
         rows = _tensor(vector["activations"])
         if len(rows) != len(vector["layer_indices"]):
             raise ValueError(f"vllm-lens refuses {len(rows)} rows for {vector['layer_indices']}")
@@ -85,6 +87,11 @@ def as_easysteer(request: str | Mapping[str, Any], folder: Path | str) -> Table:
     said: Any = json.loads(request) if isinstance(request, str) else request
     table: Table = {}
     for vector in said["vectors"]:
+        if vector["algorithm"] != "direct" or vector.get("normalize"):
+            raise ValueError(
+                f"EasySteer does more than add for algorithm {vector['algorithm']!r}, normalize "
+                f"{bool(vector.get('normalize'))}"
+            )
         found: dict[int, np.ndarray]
         if vector.get("source"):
             tensors = read_gguf(Path(folder) / vector["source"]).tensors
@@ -101,12 +108,32 @@ def as_easysteer(request: str | Mapping[str, Any], folder: Path | str) -> Table:
     return table
 
 
+def easysteer_scope(request: str | Mapping[str, Any], scope: str) -> str:
+    """What is wrong with the tokens that a request names, empty if they are those of `scope`."""
+    said: Any = json.loads(request) if isinstance(request, str) else request
+    wanted = {
+        "all": {"prompt": "all", "generation": "all"},
+        "prompt": {"prompt": "all"},
+        "generated": {"generation": "all"},
+    }[scope]
+    for vector in said["vectors"]:
+        if vector.get("apply") != wanted:
+            return f"it acts at the tokens {vector.get('apply')}, meant were {wanted}"
+    return ""
+
+
 def as_vllm_hook(path: Path | str) -> Table:
     """What vLLM-Hook adds with the method `add_vector`."""
     said = json.loads(Path(path).read_text())["steering"]
     if said["method"] != "add_vector":
         raise ValueError(f"vLLM-Hook's method {said['method']!r} is no constant vector")
-    found = torch.load(Path(path).parent / Path(said["vector_path"]).name, weights_only=True)
+    tensors = Path(said["vector_path"])  # on the server, as it stands there
+    if not tensors.is_file():
+        raise ValueError(
+            f"vLLM-Hook would look for {tensors}, which is not there: export again in place, or "
+            "change vector_path"
+        )
+    found = torch.load(tensors, weights_only=True)
     row = found["dir"].float().numpy().ravel()
     return {int(said["optimal_layer"]): np.float32(said["coefficient"]) * row}
 

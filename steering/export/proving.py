@@ -1,11 +1,16 @@
 """From an export to a verdict: which program is run, with what files, and what stands in for it."""
 
+import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from probes import datasets
 from probes.model import HookedModel
+from probes.prompts import Prompt, Template
 from steering.applied import Steering
 from steering.export import loaders
 from steering.export.format_check import PROGRAMS, check_format
@@ -24,9 +29,18 @@ RUNNERS = {
 
 
 def prompts_for(model: HookedModel, n: int = 4) -> list[Ids]:
-    """Token ids of a few benign requests in the model's template."""
-    asked = datasets.general("validation")[:n]
-    return [tuple(model.template.render(prompt).ids) for prompt in asked]
+    """Token ids of a few benign requests in the model's template, or, where it has none, of the
+    bare requests: any tokens prove an export."""
+    return ids_of(model, datasets.general("validation")[:n])
+
+
+def ids_of(model: HookedModel, prompts: Sequence[Prompt]) -> list[Ids]:
+    """Token ids of prompts."""
+    try:
+        template = model.template
+    except ValueError:  # a base model
+        template = Template(model.tokenizer, "none", {}, model.context_length)
+    return [tuple(template.render(prompt).ids) for prompt in prompts]
 
 
 def prove(
@@ -68,16 +82,26 @@ def prove(
                     raise
                 missing = str(error)
             else:
+                if steering.what.origin.fingerprint != model.fingerprint:
+                    notes.append(f"the vector was made on another checkpoint than {model.name}")
                 return verify(
-                    model, steering, consumer, prompts, n_tokens,
-                    target=target, tolerance=tolerance, notes=notes,
+                    model, steering, consumer, prompts, n_tokens, target=target,
+                    tolerance=tolerance, rounding=_rounding(Path(path), target), notes=notes,
                 )  # fmt: skip
     checked = check_format(path, target, steering)
-    if not missing:
-        return checked
-    import dataclasses
+    return replace(checked, notes=(*checked.notes, missing)) if missing else checked
 
-    return dataclasses.replace(checked, notes=(*checked.notes, missing))
+
+def _rounding(path: Path, target: str) -> float:
+    """What rounding a half-precision checkpoint may move a logit by, as a share of the largest."""
+    if target != "checkpoint":
+        return 0.0
+    from steering.export.checkpoint_proof import UNITS
+
+    config = json.loads((path / "config.json").read_text())
+    said = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(said)
+    return 0.0 if dtype is None else UNITS * torch.finfo(dtype).eps
 
 
 class Both:
@@ -90,7 +114,7 @@ class Both:
     def replay(self, prompts: Sequence[Ids], n_tokens: int, steered: bool) -> list[Replay] | None:
         """Greedy answers of the one or the other."""
         program = self.steered if steered else self.unsteered
-        return None if program is None else program.replay(prompts, n_tokens, False)
+        return None if program is None else program.replay(prompts, n_tokens, True)
 
 
 def _consumer(
@@ -107,9 +131,11 @@ def _consumer(
     if runner == "transformers":
         from steering.export.checkpoint_check import check_loading
         from steering.export.transformers_run import PlainTransformers
+        from steering.export.unsteered import plain_folder
 
         loading = check_loading(path)
-        return PlainTransformers(path), [str(loading)]
+        before = PlainTransformers(plain_folder(model))
+        return Both(PlainTransformers(path), before), [str(loading)]
     if runner == "transformers-serve":
         from steering.export.transformers_run import TransformersServe
         from steering.export.unsteered import plain_folder
@@ -151,5 +177,5 @@ def _consumer(
     from steering.export.vllm_offline import VllmOffline
 
     if target == "checkpoint":
-        return VllmOffline(path, None), notes
+        return Both(VllmOffline(path, None), VllmOffline(plain_folder(model), None)), notes
     return VllmOffline(plain_folder(model), read_entries(path)), notes

@@ -1,5 +1,6 @@
 """The command line that serves an export, and why each of its words is there."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +45,15 @@ def serve_args(
         return _llama_cpp(exported.path, model or "MODEL.gguf", port)
     if exported.target == "checkpoint":
         return _vllm(str(exported.folder), port, baked=True)
-    return _vllm(model or exported.model, port, baked=False)
+    plain = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", exported.model)
+    return _vllm(model or (exported.model if plain else "MODEL"), port, baked=False)
 
 
 def _llama_cpp(path: Path, model: str, port: int) -> ServeArgs:
+    if "," in str(path):
+        raise ValueError(
+            f"llama-server parts file names at commas, and {path} has one: move the export"
+        )
     return ServeArgs(
         ("llama-server", "-m", model, "--control-vector", str(path), "--port", str(port)),
         (
@@ -60,7 +66,9 @@ def _llama_cpp(path: Path, model: str, port: int) -> ServeArgs:
 
 
 def _vllm(model: str, port: int, baked: bool) -> ServeArgs:
-    line = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model", model)
+    name, _, revision = model.partition("@")
+    line = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model", name)
+    line = (*line, "--revision", revision) if revision else line
     if baked:
         return ServeArgs(
             (*line, "--port", str(port)),

@@ -77,7 +77,9 @@ class TransformersServe:
             return [self._answer(address, folder, prompt, n_tokens) for prompt in prompts]
 
     def _answer(self, address: str, folder: Path, prompt: Ids, n_tokens: int) -> Replay:
-        text = self.tokenizer.decode(list(prompt), skip_special_tokens=False)
+        # the server's tokenizer puts a BOS before the text by itself, where it does that
+        own = len(self.tokenizer("")["input_ids"])
+        text = self.tokenizer.decode(list(prompt[own:]), skip_special_tokens=False)
         if tuple(self.tokenizer(text)["input_ids"]) != prompt:
             raise ValueError(
                 "transformers serve takes text, and this prompt's tokens do not come back from "
@@ -89,5 +91,10 @@ class TransformersServe:
             "generation_config": json.dumps(settings),
         }  # fmt: skip
         answer = post(f"{address}/v1/completions", body)["choices"][0]["text"]
-        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return Replay(prompt, tuple(ids))
+        ids = tuple(self.tokenizer(text + answer)["input_ids"])
+        if ids[: len(prompt)] != prompt:
+            raise ValueError(
+                "transformers serve gives text, and its answer joins the prompt's last token: give "
+                f"a prompt that ends otherwise than {text[-20:]!r}"
+            )
+        return Replay(prompt, ids[len(prompt) :])

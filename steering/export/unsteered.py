@@ -1,7 +1,6 @@
 """The unsteered model as files that other programs load, made once and kept in the cache."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,9 +63,3 @@ def float32_gguf(source: HookedModel | Path | str, path: Path | str | None = Non
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def forget(model: HookedModel) -> None:
-    """Take the model's files out of the cache again."""
-    shutil.rmtree(files.cache_dir() / "folders" / model.fingerprint, ignore_errors=True)
-    (files.cache_dir() / "gguf" / f"{model.fingerprint}.gguf").unlink(missing_ok=True)

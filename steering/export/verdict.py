@@ -5,6 +5,7 @@ under the edit that was meant, under none, and under the faults that exports are
 verdict is by which of them the program's distributions are reproduced.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -28,6 +29,12 @@ TOLERANCE = {"logits": 1e-4, "top": 1e-3, "tokens": 1e-3}
 OTHER_MODEL = 0.02
 """Mean KL in nats between the unsteered program and our unsteered model above which they are not
 the same model; four-bit weights of a small model are at 0.003 to 0.008."""
+
+CLEAR = 3
+"""How many times the allowed difference steering must move distributions for a verdict."""
+
+ENDLESS = 1e30
+"""Stands for an infinite difference (NaN, no common token), which JSON cannot hold."""
 
 OTHER_TEXT = 0.5
 """The same for text alone: how far, in nats, a token may be below our likeliest."""
@@ -95,8 +102,17 @@ class Verdict(Result):
         if not self.gaps:
             return ""
         way = min(self.gaps, key=lambda w: self.gaps[w])
+        if self.gaps[way] >= ENDLESS:
+            return "none of these ways comes near"
         near = "" if self.gaps[way] <= self.allowed else "nearest, though not equal: "
         return f"{near}{way}"
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        """Other ways of steering that reproduce the program's answers as well as what was meant."""
+        if self.gaps[MEANT] > self.allowed:
+            return ()
+        return tuple(w for w, size in self.gaps.items() if w != MEANT and size <= self.allowed)
 
     def frame(self) -> "pd.DataFrame":
         """One row a way of steering our own model: how far the program is from it."""
@@ -142,6 +158,8 @@ class Verdict(Result):
         said += f", where steering moves them by {self.effect:.2g}"
         if self.outcome == "different":
             said += f"; {self.diagnosis}"
+        if self.rivals:
+            said += f"; the answers would be the same {', '.join(self.rivals)}"
         return said
 
 
@@ -162,11 +180,14 @@ def verify(
     *,
     target: str,
     tolerance: float | None = None,
+    rounding: float = 0.0,
     notes: Sequence[str] = (),
 ) -> Verdict:
     """Replay prompts through a program that serves the export, and conclude.
 
     `model` is the unsteered model that the export is for, in float32; `steering` what was meant.
+    `tolerance` is for logits up to 10, and in proportion beyond; `rounding` is allowed besides, as
+    a share of the largest logit, where the export's own numbers are rounded (half precision).
     """
     for ids in prompts:
         if not ids:
@@ -177,7 +198,7 @@ def verify(
         raise ValueError(f"{consumer.name} gave no steered answers")
     return judge(
         model, steering, unsteered, steered, consumer=f"{consumer.name} {consumer.version}".strip(),
-        target=target, tolerance=tolerance, notes=notes,
+        target=target, tolerance=tolerance, rounding=rounding, notes=notes,
     )  # fmt: skip
 
 
@@ -190,6 +211,7 @@ def judge(
     consumer: str,
     target: str,
     tolerance: float | None = None,
+    rounding: float = 0.0,
     notes: Sequence[str] = (),
 ) -> Verdict:
     """The verdict on answers that a program gave without (if it can) and with the export."""
@@ -200,9 +222,11 @@ def judge(
     kind = steered[0].kind
     floor = None if unsteered is None else gap(unsteered, reference(model, (), unsteered))
     allowed = TOLERANCE[kind] if tolerance is None else tolerance
-    if floor is not None:
-        allowed = max(allowed, 3 * floor.largest)
     read = {way: reference(model, edits, steered) for way, edits in ways(model, steering).items()}
+    largest = max(float(logits.abs().max()) for logits in read[MEANT])
+    allowed = max(allowed * max(1.0, largest / 10), rounding * largest)
+    if floor is not None and floor.largest < ENDLESS:
+        allowed = max(allowed, 3 * floor.largest)
     gaps = {way: gap(steered, logits) for way, logits in read.items()}
     effect = gap(greedy(read[MEANT], steered), read[NONE])
     record = Record(
@@ -213,15 +237,15 @@ def judge(
         settings={"prompts": [list(r.prompt) for r in steered], "target": target},
     )
     return Verdict(
-        outcome=_outcome(kind, floor, gaps, allowed),
+        outcome=_outcome(kind, floor, gaps, effect.largest, allowed),
         target=target,
         consumer=consumer,
         steering=str(steering),
         kind=kind,
-        gaps={way: g.largest for way, g in gaps.items()},
-        divergences={way: g.kl for way, g in gaps.items()},
-        floor=None if floor is None else floor.largest,
-        floor_kl=None if floor is None else floor.kl,
+        gaps={way: min(g.largest, ENDLESS) for way, g in gaps.items()},
+        divergences={way: _known(g.kl) for way, g in gaps.items()},
+        floor=None if floor is None else min(floor.largest, ENDLESS),
+        floor_kl=None if floor is None else _known(floor.kl),
         effect=effect.largest,
         allowed=allowed,
         n_prompts=len(steered),
@@ -273,12 +297,21 @@ def _moved(vector: SteeringVector, by: int) -> SteeringVector | None:
     return replace(vector, **kept)
 
 
-def _outcome(kind: str, floor: Gap | None, gaps: Mapping[str, Gap], allowed: float) -> str:
+def _outcome(
+    kind: str, floor: Gap | None, gaps: Mapping[str, Gap], effect: float, allowed: float
+) -> str:
+    text = kind == "tokens"
     if floor is not None:
-        text = kind == "tokens"
-        if (floor.largest > OTHER_TEXT) if text else ((floor.kl or 0.0) > OTHER_MODEL):
+        same = floor.largest <= OTHER_TEXT if text else _known(floor.kl) is not None
+        if not same or (not text and (floor.kl or 0.0) > OTHER_MODEL):
             return "another model"
-    meant, none = gaps[MEANT].largest <= allowed, gaps[NONE].largest <= allowed
-    if meant and none:
+    reproduced = {way for way, g in gaps.items() if g.largest <= allowed}
+    # text says little: faults that write the same words are named, and only "not at all" counts
+    rivals = reproduced - {MEANT} if not text else reproduced & {NONE}
+    if (MEANT in reproduced and rivals) or (not text and effect <= CLEAR * allowed):
         return "cannot tell"
-    return "equal" if meant else "not applied" if none else "different"
+    return "equal" if MEANT in reproduced else "not applied" if NONE in reproduced else "different"
+
+
+def _known(kl: float | None) -> float | None:
+    return kl if kl is not None and math.isfinite(kl) else None

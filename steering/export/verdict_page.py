@@ -12,8 +12,9 @@ _MEANING = {
     "not applied": "The program answers as if there were no vector. Do not use this export.",
     "another model": "Without the vector, too, the program answers as another model than the one "
     "given: nothing can be said of the vector.",
-    "cannot tell": "The steering moves these distributions by less than the program is exact to: "
-    "take more prompts, a greater strength, or weights of full precision.",
+    "cannot tell": "These answers do not tell what was meant from something else: the steering "
+    "moves them too little beside what the program is exact to, or they are too short. Take more "
+    "prompts and tokens, a greater strength, or weights of full precision.",
     "format checked": "The file holds what was meant, as the program's loader would read it. The "
     "program itself was not run.",
 }
@@ -66,6 +67,8 @@ def page(verdict: Verdict) -> str:
     )
     notes = "".join(f"<li>{said(note)}</li>" for note in v.notes)
     found = f" Found: {said(v.diagnosis)}." if v.outcome == "different" else ""
+    if v.rivals:
+        found += f" The answers would be the same {said(', '.join(v.rivals))}."
     drawn = v.plot().get_figure(root=True)
     picture = "" if drawn is None else figures.svg(drawn)
     return f"""<!doctype html>
