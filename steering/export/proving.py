@@ -93,15 +93,14 @@ def prove(
 
 
 def _rounding(path: Path, target: str) -> float:
-    """What rounding a half-precision checkpoint may move a logit by, as a share of the largest."""
+    """Share of the effect by which rounding the edited weights of a half-precision checkpoint may
+    change it: 2 units of the precision were measured for ablation of SmolLM2, less for a bias."""
     if target != "checkpoint":
         return 0.0
-    from steering.export.checkpoint_proof import UNITS
-
     config = json.loads((path / "config.json").read_text())
     said = str(config.get("dtype") or config.get("torch_dtype"))
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(said)
-    return 0.0 if dtype is None else UNITS * torch.finfo(dtype).eps
+    return 0.0 if dtype is None else 4 * torch.finfo(dtype).eps
 
 
 class Both:

@@ -186,8 +186,8 @@ def verify(
     """Replay prompts through a program that serves the export, and conclude.
 
     `model` is the unsteered model that the export is for, in float32; `steering` what was meant.
-    `tolerance` is for logits up to 10, and in proportion beyond; `rounding` is allowed besides, as
-    a share of the largest logit, where the export's own numbers are rounded (half precision).
+    `tolerance` is for logits up to 10, and in proportion beyond; `rounding` is a share of the
+    effect, allowed where the export's own numbers are rounded (half precision).
     """
     for ids in prompts:
         if not ids:
@@ -224,11 +224,11 @@ def judge(
     allowed = TOLERANCE[kind] if tolerance is None else tolerance
     read = {way: reference(model, edits, steered) for way, edits in ways(model, steering).items()}
     largest = max(float(logits.abs().max()) for logits in read[MEANT])
-    allowed = max(allowed * max(1.0, largest / 10), rounding * largest)
+    effect = gap(greedy(read[MEANT], steered), read[NONE])
+    allowed = max(allowed * max(1.0, largest / 10), rounding * effect.largest)
     if floor is not None and floor.largest < ENDLESS:
         allowed = max(allowed, 3 * floor.largest)
     gaps = {way: gap(steered, logits) for way, logits in read.items()}
-    effect = gap(greedy(read[MEANT], steered), read[NONE])
     record = Record(
         models=(model.name,),
         fingerprints=(model.fingerprint,),
