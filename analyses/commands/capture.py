@@ -20,9 +20,13 @@ def capture(
         str, typer.Option(help="last, all, content, instruction_end, after:TEXT, mean:content ...")
     ] = "last",
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 32,
-    engine: Annotated[str, typer.Option(help="transformers, transformer_lens or nnsight.")] = (
-        "transformers"
-    ),
+    engine: Annotated[
+        str, typer.Option(help="transformers, transformer_lens, nnsight or vllm.")
+    ] = "transformers",
+    server: Annotated[
+        str | None,
+        typer.Option(help="With --engine vllm: address of a running server with vllm-lens."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
     template: Annotated[
         str | None, typer.Option(help="'none' to use prompts as they are; default: the model's.")
@@ -36,6 +40,7 @@ def capture(
 
     \b
     alignlens capture builtin:aligned prompts.txt --sites "10-20.resid_post" --out acts
+    alignlens capture org/model corpus.jsonl --engine vllm --server http://127.0.0.1:8000
     """
     from probes import datasets
     from probes import plan as plans
@@ -45,7 +50,9 @@ def capture(
 
     given = datasets.read(prompts)
     texts = list(given.prompts) if isinstance(given, Contrast) else given
-    loaded = HookedModel.load(model, engine, dtype=dtype, template=template)
+    if engine == "vllm":
+        dtype = "auto"  # the server's own
+    loaded = HookedModel.load(model, engine, dtype=dtype, template=template, server=server)
     if dry_run:
         from probes import positions as places
 
