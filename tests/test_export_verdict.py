@@ -19,8 +19,9 @@ from probes.engines import Batch, Edit
 from probes.sites import Site
 from steering import HeadOffsets, Origin, Schedule, Steering, SteeringVector
 from steering.export.replays import Ids, Replay, gap
-from steering.export.verdict import MEANT, NONE, Verdict, verify
+from steering.export.verdict import Verdict, verify
 from steering.export.verdict_page import page, write_verdict
+from steering.export.ways import MEANT, NONE
 
 PROMPTS = [tuple(hooked().template.render(text).ids) for text in words(3, 5)]
 

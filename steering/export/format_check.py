@@ -13,8 +13,9 @@ from steering.applied import Steering
 from steering.export import loaders
 from steering.export.blocks import block_offsets
 from steering.export.loaders import Table
-from steering.export.verdict import ENDLESS, MEANT, NONE, Verdict
+from steering.export.verdict import ENDLESS, Verdict
 from steering.export.vllm_lens import read_entries
+from steering.export.ways import MEANT, NONE
 
 TOLERANCE = 1e-6
 """Largest difference of an entry, relative to the largest entry that was meant."""

@@ -7,17 +7,15 @@ verdict is by which of them the program's distributions are reproduced.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from probes import figures
-from probes.engines import Edit
 from probes.model import HookedModel
 from probes.results import Record, Result
-from probes.sites import Site
 from steering.applied import Steering
 from steering.export.replays import Consumer, Gap, Ids, Replay, gap, greedy, reference
-from steering.vector import SteeringVector
+from steering.export.ways import MEANT, NONE, ways
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +36,6 @@ ENDLESS = 1e30
 
 OTHER_TEXT = 0.5
 """The same for text alone: how far, in nats, a token may be below our likeliest."""
-
-MEANT, NONE = "as it was made", "not at all"
 
 OUTCOMES = {
     "equal": "applied and equal",
@@ -253,48 +249,6 @@ def judge(
         notes=tuple(notes),
         record=record,
     )
-
-
-def ways(model: HookedModel, steering: Steering) -> dict[str, Sequence[Edit]]:
-    """The edit that was meant, none, and the faults exports are known for."""
-    s = steering
-    found: dict[str, Sequence[Edit]] = {MEANT: s.edits(model), NONE: ()}
-    if not isinstance(s.what, SteeringVector) or s.what.operation == "add":
-        for name, factor in (
-            ("twice as strong", 2),
-            ("half as strong", 0.5),
-            ("the other sign", -1),
-        ):
-            found[name] = replace(s, strength=factor * s.strength).edits(model)
-    if isinstance(s.what, SteeringVector):
-        for name, by in (("one block late", 1), ("one block early", -1)):
-            moved = _moved(s.what, by)
-            if moved is not None:
-                found[name] = replace(s, what=moved).edits(model)
-    if s.schedule.scope == "all":
-        for name, scope in (
-            ("at prompt tokens only", "prompt"),
-            ("at generated tokens only", "generated"),
-        ):
-            found[name] = replace(s, schedule=replace(s.schedule, scope=scope)).edits(model)
-    return found
-
-
-def _moved(vector: SteeringVector, by: int) -> SteeringVector | None:
-    """The vectors some blocks further on; those that fall off an end are left out."""
-    n = vector.origin.n_layers
-    where = {s: Site(s.layer + by, s.part, s.head) for s in vector.sites if 0 <= s.layer + by < n}
-    if not where:
-        return None
-    kept = {
-        name: {
-            new: getattr(vector, name)[old]
-            for old, new in where.items()
-            if old in getattr(vector, name)
-        }
-        for name in ("vectors", "values", "scales")
-    }
-    return replace(vector, **kept)
 
 
 def _outcome(
