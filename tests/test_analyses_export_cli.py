@@ -86,6 +86,17 @@ def test_a_checkpoint_is_exported_and_proven(run: Run, files: Path) -> None:
     assert json.loads(alone.out)["outcome"] == "not applied"
 
 
+def test_a_model_is_written_as_it_is_without_a_vector(run: Run, files: Path) -> None:
+    """So an adapter named in the model's name is merged."""
+    made = run("export", "--to", "checkpoint", "--model", "model", "--out", "merged")
+    assert made.code == 0, made.err
+    assert "the model as it is" in made.out
+    model, merged = (HookedModel.load(str(files / n), device="cpu") for n in ("model", "merged"))
+    assert torch.equal(model.logits(["w1 w2"]), merged.logits(["w1 w2"]))
+    alone = run("export", "--to", "gguf", "--out", "x")
+    assert alone.code == 2 and "give a vector" in alone.err
+
+
 def test_without_the_program_the_format_is_checked_and_that_is_said(run: Run) -> None:
     assert run("export", "v.safetensors", "--to", "gguf", "--out", "cv").code == 0
     found = run("verify", "cv")

@@ -7,7 +7,11 @@ import typer
 
 
 def export(
-    vector: Annotated[Path, typer.Argument(help="A saved steering vector or head offsets.")],
+    vector: Annotated[
+        Path | None,
+        typer.Argument(help="A saved steering vector or head offsets; none to merge an adapter."),
+    ] = None,
+    *,
     to: Annotated[
         str,
         typer.Option(help="gguf, vllm-lens, easysteer, vllm-hook, lm-eval or checkpoint."),
@@ -53,6 +57,7 @@ def export(
     alignlens export steer/vector.safetensors --to gguf --out shipped
     alignlens export steer/vector.safetensors --to vllm-lens --strength 2 --unit sigma --out shipped
     alignlens export offsets/offsets.safetensors --to checkpoint --out model-steered
+    alignlens export --to checkpoint --model org/model+org/adapter --out merged
     """
     from steering.export import exports
     from steering.export.exports import load_artefact
@@ -62,6 +67,17 @@ def export(
         raise ValueError("--sweep goes with --hub: its numbers are for the card")
     from steering.sweep_result import SteeringSweep
 
+    if vector is None:
+        if to != "checkpoint" or model is None:
+            raise ValueError(
+                "give a vector; without one a model is merged and written: --to checkpoint --model "
+                "MODEL+ADAPTER"
+            )
+        from probes.model import HookedModel
+        from steering.export.checkpoint import bake
+
+        typer.echo(str(bake(HookedModel.load(model, dtype=dtype), None, out)))
+        return
     measured = None if sweep is None else SteeringSweep.load(sweep)
     what = load_artefact(vector)
     if site is not None:

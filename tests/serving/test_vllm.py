@@ -18,7 +18,7 @@ from steering.export.proving import prompts_for
 from steering.export.replays import Replay, gap, reference
 from steering.export.unsteered import plain_folder
 from steering.export.verdict import judge, verify
-from steering.export.vllm_lens import to_vllm_lens
+from steering.export.vllm_lens import decode, encode, to_vllm_lens
 from steering.export.vllm_offline import VllmOffline, vllm_python
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1200)]
@@ -31,9 +31,13 @@ def vector(base: HookedModel, layer: int, width: int | None = None) -> SteeringV
 
 def narrow(entry: dict[str, Any], width: int) -> dict[str, Any]:
     """The same vector cut to another width, as another model's would be."""
-    from steering.export.vllm_lens import decode, encode
-
     return {**entry, "activations": encode(decode(entry["activations"])[:, :width].contiguous())}
+
+
+def at_positions(entry: dict[str, Any], n: int) -> dict[str, Any]:
+    """The same vector at the first n tokens only, those of a prompt."""
+    rows = decode(entry["activations"])[:, None].expand(-1, n, -1).contiguous()
+    return {**entry, "activations": encode(rows), "position_indices": list(range(n))}
 
 
 def test_logits_equal_our_own_edit_and_a_wrong_width_is_not_applied(base: HookedModel) -> None:
@@ -44,9 +48,12 @@ def test_logits_equal_our_own_edit_and_a_wrong_width_is_not_applied(base: Hooked
     ]
     entries = [[to_vllm_lens(s.what, s.strength)] for s in steerings]
     wrong = [narrow(entries[3][0], 100)]
-    prompts = prompts_for(base, 2)
+    prompts = sorted(prompts_for(base, 2), key=len)
+    only = [at_positions(entries[3][0], len(prompts[0]))]
     program = VllmOffline(plain_folder(base), [])
-    plain, *steered, ignored, again = program.runs(prompts, 2, [[], *entries, wrong, []])
+    plain, *steered, ignored, prompt_only, again = program.runs(
+        prompts, 2, [[], *entries, wrong, only, []]
+    )
 
     def verdict(meant: Steering, answers: list[Replay]) -> Any:
         return judge(base, meant, plain, answers, consumer="vLLM", target="vllm-lens")
@@ -56,6 +63,8 @@ def test_logits_equal_our_own_edit_and_a_wrong_width_is_not_applied(base: Hooked
         assert found.outcome == "equal", str(found)
         assert found.gaps["as it was made"] <= 1e-4 < found.effect / 100
     assert verdict(steerings[3], ignored).outcome == "not applied"
+    found = verdict(steerings[3], prompt_only[:1])
+    assert (found.outcome, found.diagnosis) == ("different", "at prompt tokens only"), str(found)
     assert gap(again, reference(base, (), again)).largest <= 1e-4
 
 
