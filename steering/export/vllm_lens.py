@@ -1,7 +1,9 @@
 """Steering vectors as vllm-lens takes them, for `vllm` offline and over HTTP.
 
 `layer_indices` are 0-based blocks and what is added is added to their output, at prompt and
-generated tokens alike. The wire form of a tensor is base64 of its bytes, compressed with zstd.
+generated tokens alike. Positions are never written: where the server does not know those of
+generated tokens (on a CPU), each of them counts as the first of the prompt. The wire form of a
+tensor is base64 of its bytes, compressed with zstd.
 
 Serve with `--no-enable-prefix-caching`: the keys of a steered prompt are stored under the prompt's
 tokens, and a later request without steering reads them. A vector of another width than the model's
