@@ -65,8 +65,8 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, about libraries
         warnings.formatwarning = lambda message, *_args, **_named: f"warning: {message}\n"
-        # where torchao is installed, loading any model imports it, and it logs what it lacks
-        for library in ("torchao", "torch.utils._pytree"):
+        # where these are installed, loading any model imports them, and they log what they lack
+        for library in ("torchao", "torch.utils._pytree", "bitsandbytes"):
             logging.getLogger(library).setLevel(logging.ERROR)
     arguments = [a for a in sys.argv[1:] if a != "--debug"]  # allowed anywhere
     try:
