@@ -8,8 +8,8 @@ new file or none, never a part of one.
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +66,8 @@ def write_json(path: Path, value: Any) -> None:
 def folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder that becomes `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()  # not mkdtemp, whose folders nobody else may read
     try:
         yield temporary
         if path.exists():  # somebody else finished the same content first

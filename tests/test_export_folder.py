@@ -296,3 +296,32 @@ def test_every_target_has_runners_and_the_page_of_serve_args(tmp_path: Path) -> 
         serve_args(lens, "llama.cpp")
     with pytest.raises(ValueError, match="no server for an export to vllm-hook"):
         serve_args(hook)
+
+
+@pytest.mark.parametrize("target", ["gguf", "checkpoint"])
+def test_an_export_can_be_read_by_a_server_of_another_user(target: str, tmp_path: Path) -> None:
+    """Modes are those of ordinary new files, not of private ones."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "file").touch()
+    done = export(vector(), target, tmp_path / "out", model=hooked())
+    assert done.folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    for path in done.folder.iterdir():
+        if path.is_file():
+            assert path.stat().st_mode == (tmp_path / "file").stat().st_mode, path.name
+
+
+def test_a_checkpoint_appears_with_its_record_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the weights are written, the same command finishes when it is run again."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SteeringVector, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(vector(), "checkpoint", tmp_path / "out", model=hooked())
+    assert not (tmp_path / "out").exists()
+    export(vector(), "checkpoint", tmp_path / "out", model=hooked())
+    assert read_export(tmp_path / "out").target == "checkpoint"

@@ -35,11 +35,8 @@ def write(model: HookedModel, form: Form, folder: Path) -> None:
 
 
 def _make_ordinary(folder: Path) -> None:
-    """Give the modes that new files have here: temporary folders and weights are private."""
+    """Give the mode that new files have here: safetensors writes private ones."""
     new = folder / "new"
-    new.mkdir()
-    folder.chmod(new.stat().st_mode)
-    new.rmdir()
     new.touch()
     mode = new.stat().st_mode
     new.unlink()

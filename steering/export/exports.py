@@ -98,15 +98,20 @@ def export(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"there is something at {folder} already: give another folder")
-    if target == "checkpoint":
-        from steering.export.checkpoint import bake
-
-        if model is None:
-            raise ValueError("a checkpoint is made from a model: give it with --model")
-        bake(model, what, folder, strength, unit)
-        return _recorded(folder, as_baked(what, model), target, ".", strength, unit, scope)
+    if target == "checkpoint" and model is None:
+        raise ValueError("a checkpoint is made from a model: give it with --model")
+    # files and record appear together: a folder without its record could not be verified or redone
     with files.folder(folder) as temporary:
-        file = _write(what, target, temporary, folder.resolve(), strength, unit, scope)
+        if target == "checkpoint" and model is not None:
+            from steering.export.checkpoint import bake
+
+            baked = bake(model, what, temporary / "baked", strength, unit).folder
+            for path in list(baked.iterdir()):
+                path.rename(temporary / path.name)
+            baked.rmdir()
+            what, file = as_baked(what, model), "."
+        else:
+            file = _write(what, target, temporary, folder.resolve(), strength, unit, scope)
         _recorded(temporary, what, target, file, strength, unit, scope)
         if folder.exists():
             folder.rmdir()
@@ -133,12 +138,9 @@ def _write(
 ) -> str:
     """Write the files of one target; gives the name of the one that a program is given. `final` is
     what the folder will be called."""
-    if target == "lm-eval":
+    if target == "lm-eval" and isinstance(what, SteeringVector):
         from steering.export.lm_eval import write_lm_eval
 
-        if not isinstance(what, SteeringVector):
-            block_offsets(what, strength, unit, target=target)  # says why not
-            raise AssertionError
         write_lm_eval(folder / "steered.pt", what, strength, unit)
         return "steered.pt"
     if target == "vllm-lens":
@@ -181,7 +183,7 @@ def _recorded(
     strength: float,
     unit: str,
     scope: str,
-) -> Export:
+) -> None:
     written = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
     hashes = {
         p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
@@ -192,7 +194,6 @@ def _recorded(
     plain = asdict(done)
     del plain["folder"]
     files.write_json(folder / RECORD / "export.json", {"format": FORMAT, **plain})
-    return done
 
 
 def read_export(folder: Path | str) -> Export:
