@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from analyses.report import Report as Report
     from analyses.separation import Separation as Separation
     from analyses.separation import measure_separation as measure_separation
-    from analyses.tokens import TokenShift as TokenShift
-    from analyses.tokens import token_shift as token_shift
+    from analyses.tokens.shift import TokenShift as TokenShift
+    from analyses.tokens.shift import token_shift as token_shift
 
 _HOMES = {
     "Checkpoints": "checkpoints",
@@ -21,11 +21,11 @@ _HOMES = {
     "RefusalRates": "refusals",
     "Report": "report",
     "Separation": "separation",
-    "TokenShift": "tokens",
+    "TokenShift": "tokens.shift",
     "map_activations": "maps",
     "refusal_rates": "refusals",
     "measure_separation": "separation",
-    "token_shift": "tokens",
+    "token_shift": "tokens.shift",
 }
 
 __all__ = [

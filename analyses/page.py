@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from analyses import contexts, summary
+from analyses import summary
 from analyses.figures import broken, legend_below
 from analyses.report import Report
-from analyses.tokens import KINDS
+from analyses.tokens import contexts
+from analyses.tokens.shift import KINDS
 from probes import figures, files
 from probes.results import Result
 

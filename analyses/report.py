@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from analyses import checkpoints as lineages
-from analyses import contexts
 from analyses.checkpoints import Checkpoints
 from analyses.maps import Maps, map_activations
 from analyses.refusals import RefusalRates, refusal_rates
 from analyses.separation import Separation, measure_separation
 from analyses.steered import refusal_openers, steer_class
-from analyses.tokens import TokenShift, token_shift
+from analyses.tokens import contexts
+from analyses.tokens.shift import TokenShift, token_shift
 from probes import datasets
 from probes.capturing import capture
 from probes.contrast import Contrast

@@ -10,8 +10,9 @@ import tiny_lineage
 import torch
 from architectures import BOS, EOS, VOCABULARY
 
-from analyses import TokenShift, contexts, token_shift
-from analyses.contexts import CONTEXTS, EXAMPLES, INSTRUCTION
+from analyses import TokenShift, token_shift
+from analyses.tokens import contexts
+from analyses.tokens.contexts import CONTEXTS, EXAMPLES, INSTRUCTION
 from probes import HookedModel, datasets
 from probes.prompts import Prompt
 from probes.refusals import refuses

@@ -15,10 +15,11 @@ import pytest
 import tiny_lineage
 import torch
 
-from analyses import contexts, summary
 from analyses import page as pages
+from analyses import summary
 from analyses.report import Report, Size, contrast_parts, measure, run
-from analyses.tokens import KINDS
+from analyses.tokens import contexts
+from analyses.tokens.shift import KINDS
 from probes import datasets
 
 TINY = Size(18, 6, 12, 4, 3, 8, 4, 20, 10)

@@ -11,7 +11,7 @@ from architectures import EOS, VOCABULARY
 from torch import Tensor
 
 from analyses import TokenShift, token_shift
-from analyses.tokens import KINDS, _pieces
+from analyses.tokens.shift import KINDS, _pieces
 from probes import HookedModel
 
 PROMPTS = tiny.words(14, seed=5)

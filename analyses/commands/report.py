@@ -53,8 +53,8 @@ def report(
     alignlens report --base org/base --aligned org/instruct --out my-report
     alignlens report --base m --aligned m+adapter --drifted m+other --prompts pairs.jsonl
     """
-    from analyses import contexts
     from analyses.report import DEFAULT, SIZES, contrast_parts, run
+    from analyses.tokens import contexts
 
     if full and quick:
         raise ValueError("--full and --quick exclude each other: give one of them")

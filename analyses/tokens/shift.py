@@ -3,7 +3,7 @@
 The aligned model answers greedily. Every token of its answers is looked up in the base model's
 distribution at the same place (same prompt, same answer so far): rank 1 is *unshifted*, 2 or 3
 *marginal*, lower *shifted* (Lin et al. 2023, "The Unlocking Spell on Base LLMs", section 2). What
-the base reads as the prompt can be chosen (`analyses.contexts`).
+the base reads as the prompt can be chosen (`analyses.tokens.contexts`).
 """
 
 import itertools
@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analyses import contexts
 from analyses.figures import broken, legend_below
+from analyses.tokens import contexts
 from probes import figures
 from probes.model import HookedModel
 from probes.prompts import Prompt, Rendered, pad, pad_id_of

@@ -1,0 +1,1 @@
+"""How far a checkpoint has drifted from its alignment: indices, the ledger, where it broke."""

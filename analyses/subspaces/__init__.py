@@ -1,0 +1,1 @@
+"""Safety subspaces: in the weights that alignment changed, and in activations."""

@@ -1,0 +1,1 @@
+"""Token-distribution shift: what alignment changed in the choice of words."""
