@@ -87,18 +87,11 @@ def compare(items: Sequence[Checkpoint]) -> Checkpoints:
     notes: list[str] = []
     shared: list[Checkpoint] = []
     for item, label in zip(items, labels, strict=True):
-        model = copy.copy(item.model)
-        if item.model is not aligned:
-            _same_shape(model, aligned)
-            _same_tokens(model, aligned)
-            own = getattr(model.tokenizer, "chat_template", None)
-            if template.chat and own != template.source:
-                what = "has no chat template" if own is None else "has another chat template"
-                notes.append(f"{label} {what}; it was prompted with that of {labels[1]}.")
-        model.label = label
-        model.tokenizer = aligned.tokenizer
-        model.template = template  # pyright: ignore[reportAttributeAccessIssue]
-        shared.append(Checkpoint(item.role, model))
+        own = getattr(item.model.tokenizer, "chat_template", None)
+        if item.model is not aligned and template.chat and own != template.source:
+            what = "has no chat template" if own is None else "has another chat template"
+            notes.append(f"{label} {what}; it was prompted with that of {labels[1]}.")
+        shared.append(Checkpoint(item.role, prompted_as(item.model, aligned, label)))
     sizes = [item.model.layout.vocab_size for item in items]
     _fits(aligned, min(sizes))
     if len(set(sizes)) > 1:
@@ -107,6 +100,19 @@ def compare(items: Sequence[Checkpoint]) -> Checkpoints:
             f"({max(sizes) - min(sizes)} rows) were left out."
         )
     return Checkpoints(tuple(shared), min(sizes), tuple(notes))
+
+
+def prompted_as(model: HookedModel, aligned: HookedModel, label: str | None = None) -> HookedModel:
+    """The same weights under another label, prompted with the template and tokenizer of `aligned`;
+    an error where shapes or token ids differ."""
+    shared = copy.copy(model)
+    if model is not aligned:
+        _same_shape(model, aligned)
+        _same_tokens(model, aligned)
+    shared.label = label or model.label
+    shared.tokenizer = aligned.tokenizer
+    shared.template = aligned.template  # pyright: ignore[reportAttributeAccessIssue]
+    return shared
 
 
 def _labels(items: Sequence[Checkpoint]) -> list[str]:
