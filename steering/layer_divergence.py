@@ -8,9 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.activations import Activations
-from probes.engines import Batch, Edit, Where
-from probes.model import HookedModel
-from probes.sites import Site
+from probes.unembed import head_of as head_of
 
 Decode = Callable[[Tensor], Tensor]
 """`[row, d_model] -> [row, vocab]`: logits that a state would give if it left the last block."""
@@ -40,28 +38,6 @@ def released_score(
     M = (P + Q) / 2
     terms = [torch.xlogy(M, M) - M * x for x in (P, Q)]
     return (terms[0].mean(-1) + terms[1].mean(-1)) / 2
-
-
-def head_of(model: HookedModel) -> Decode:
-    """The model's own final norm and head on given states: they are put in place of what leaves
-    the last block, so that soft caps, scales and whatever else an architecture does are its own."""
-    site = Site(model.n_layers - 1, "resid_post")
-    size = min(64, model.context_length or 64)
-
-    def decode(h: Tensor) -> Tensor:
-        rows = []
-        for chunk in h.split(size):
-
-            def put(old: Tensor, _where: Where, chunk: Tensor = chunk) -> Tensor:
-                return chunk.to(old)[None]
-
-            ids = torch.zeros(1, len(chunk), dtype=torch.long)
-            with model.edit([Edit(site, put)]):
-                logits = model.engine.logits(Batch(ids, torch.ones_like(ids)))
-            rows.append(logits[0].float().cpu())
-        return torch.cat(rows)
-
-    return decode
 
 
 def by_layer(
