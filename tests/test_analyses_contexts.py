@@ -47,7 +47,7 @@ def models() -> tuple[HookedModel, HookedModel]:
 
 @pytest.fixture(scope="module")
 def shifts(models: tuple[HookedModel, HookedModel]) -> dict[str, TokenShift]:
-    options = {"max_new_tokens": STEPS, "batch_size": 4}
+    options: Any = {"max_new_tokens": STEPS, "batch_size": 4}
     return {
         name: token_shift(*models, PROMPTS, GROUPS, base_context=name, **options)
         for name in CONTEXTS
@@ -67,7 +67,8 @@ def text_by_hand(prompt: str, context: str) -> str:
         return prompt
     if context == "minimal":
         return turn
-    told = "".join(f"# Query:\n```\n{q}\n```\n\n# Answer:\n```\n{a}\n```\n\n" for q, a in EXAMPLES)
+    shown = EXAMPLES[: {"urial": 3, "urial-3": 3, "urial-1": 1, "urial-0": 0}[context]]
+    told = "".join(f"# Query:\n```\n{q}\n```\n\n# Answer:\n```\n{a}\n```\n\n" for q, a in shown)
     return f"# Instruction\n\n{INSTRUCTION}\n\n{told}{turn}"
 
 
@@ -88,18 +89,20 @@ def test_without_a_context_nothing_is_new(
 def heard(
     models: tuple[HookedModel, HookedModel], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Rows of token ids, without pads, that each model is asked for the logits of."""
+    """Rows of token ids, without pads, that each model is made to read in batches."""
     rows: dict[str, list[tuple[int, ...]]] = {"first": [], "second": []}
     for model in models:
-        plain = model.engine.logits
+        plain = model.engine.read
 
         def listening(batch: Any, *args: Any, _plain: Any = plain, _name: str = model.name) -> Any:
+            if not args[1:]:  # the look at what lies behind the last block
+                return _plain(batch, *args)
             for ids, mask in zip(batch.ids, batch.mask, strict=True):
                 assert mask.sort().values.equal(mask)  # pads on the left: the ends line up
                 rows[_name].append(tuple(ids[mask.bool()].tolist()))
             return _plain(batch, *args)
 
-        monkeypatch.setattr(model.engine, "logits", listening)
+        monkeypatch.setattr(model.engine, "read", listening)
     return rows
 
 
@@ -175,7 +178,11 @@ def test_the_texts() -> None:
     full = written("w1 w2", "urial")
     assert full.startswith("# Instruction\n\n") and full.endswith("\n```\n\n" + MINIMAL)
     assert full.count("# Answer:\n```\n") == len(EXAMPLES) + 1 == 4
-    assert full == text_by_hand("w1 w2", "urial")
+    for name in ("urial", "urial-1", "urial-0", "urial-3"):
+        assert written("w1 w2", name) == text_by_hand("w1 w2", name)
+    assert written("w1 w2", "urial-3") == full
+    assert contexts.check("urial-3") == "urial"
+    assert contexts.sentence("urial-3", "x", "y") == contexts.sentence("urial", "x", "y")
     for name in CONTEXTS:  # the template's default system prompt belongs to the template
         assert ("you are helpful" in written("w1 w2", name)) == (name == "same")
 
@@ -255,9 +262,11 @@ def test_conversations_are_ranked_too(models: tuple[HookedModel, HookedModel]) -
 
 
 def test_without_a_template_plain_is_the_same(models: tuple[HookedModel, HookedModel]) -> None:
-    pair = [HookedModel(m.model, tiny.tokenizer(), name=m.name, template="none") for m in models]
+    one, other = (
+        HookedModel(m.model, tiny.tokenizer(), name=m.name, template="none") for m in models
+    )
     same, plain, minimal = (
-        token_shift(*pair, PROMPTS, GROUPS, max_new_tokens=4, base_context=name)
+        token_shift(one, other, PROMPTS, GROUPS, max_new_tokens=4, base_context=name)
         for name in ("same", "plain", "minimal")
     )
     assert torch.equal(same.p_base, plain.p_base)

@@ -175,11 +175,12 @@ def test_the_report_says_what_there_was(report: Report, page: Path) -> None:
     assert not bool(report.separation.unchanged[1, 10:].any())
     below = report.separation.cosine[1, :10]
     assert torch.equal(below, torch.ones_like(below))
-    for name in ("a-token-shift", "b-probes", "c-separation", "d-maps", "e-refusals", "f-steering"):
+    panels = "a-refusals b-token-shift c-probes d-separation e-maps f-steering g-weights h-drift"
+    for name in panels.split():
         assert (page.parent / f"{name}.png").stat().st_size > 10_000
         assert "<script" not in (page.parent / f"{name}.svg").read_text()
     rows = list(csv.DictReader(io.StringIO((page.parent / "table.csv").read_text())))
-    assert {row["panel"] for row in rows} == set("abcef")
+    assert {row["panel"] for row in rows} == set("abcdfgh")
     within = [r for r in rows if r["low"]]
     assert all(float(r["low"]) <= float(r["value"]) + 1e-6 for r in within)
     assert all(float(r["high"]) >= float(r["value"]) - 1e-6 for r in within)
@@ -224,7 +225,7 @@ def test_the_table_is_csv_whatever_the_names(small: Report, tmp_path: Path) -> N
     rows = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
     kept = json.loads((folder / "result.json").read_text())["table"]
     assert len(rows) == len(kept)
-    assert {r["group"] for r in rows if r["panel"] == "e"} == {"w7", 'w8, "the other"'}
+    assert {r["group"] for r in rows if r["panel"] == "a"} == {"w7", 'w8, "the other"'}
     for row, other in zip(rows, kept, strict=True):
         assert float(row["value"]) == pytest.approx(other["value"], rel=1e-5)
         assert row["group"] == other["group"]
@@ -245,7 +246,7 @@ def test_the_summary_claims_only_what_the_intervals_allow(small: Report) -> None
     assert "no difference" in said(9, 9)
 
 
-def test_the_context_of_the_base_is_said_and_changes_panel_a_only(
+def test_the_context_of_the_base_is_said_and_changes_panel_b_only(
     small: Report, tmp_path: Path
 ) -> None:
     other = tiny_report(base_context="minimal")
@@ -255,7 +256,7 @@ def test_the_context_of_the_base_is_said_and_changes_panel_a_only(
         page = (folder / "report.html").read_text(encoding="utf-8")
         assert (contexts.sentence("same", "first", "second") in page) == (name == "same")
         assert ("base context &#39;minimal&#39;" in page) == (name == "minimal")
-        assert ("Only panel a is measured so" in page) == (name == "minimal")
+        assert ("Only panel b is measured so" in page) == (name == "minimal")
         assert ("(context minimal)" in summary.sentences(found)[1]) == (name == "minimal")
         assert json.loads((folder / "result.json").read_text())["base_context"] == name
         for file in (folder, folder / "results" / "tokens"):

@@ -1,5 +1,7 @@
 """Token shift against a plain loop over prompts: full softmax, full sort, no batches."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,11 @@ import tiny
 import tiny_lineage
 import torch
 from architectures import EOS, VOCABULARY
-from torch import Tensor
 
 from analyses import TokenShift, token_shift
-from analyses.tokens.shift import KINDS, _pieces
-from probes import HookedModel
+from analyses.tokens.paths import pieces
+from analyses.tokens.shift import KINDS
+from probes import HookedModel, datasets
 
 PROMPTS = tiny.words(14, seed=5)
 GROUPS = ["a"] * 8 + ["b"] * 6
@@ -185,20 +187,21 @@ def test_tokens_keep_blanks_and_whole_characters() -> None:
         def decode(self, ids: list[int], **_: Any) -> str:
             return b"".join(self.pieces[i] for i in ids).decode(errors="replace").lstrip()
 
-    assert _pieces(Bytes(), [0, 1, 2, 3, 4]) == ("I", " am", "", "火", "!")
-    assert _pieces(Bytes(), [0, 2]) == ("I", "\N{REPLACEMENT CHARACTER}")
-    assert _pieces(Bytes(), []) == ()
+    assert pieces(Bytes(), [0, 1, 2, 3, 4]) == ("I", " am", "", "火", "!")
+    assert pieces(Bytes(), [0, 2]) == ("I", "\N{REPLACEMENT CHARACTER}")
+    assert pieces(Bytes(), []) == ()
 
 
 def test_saved_and_loaded_it_is_the_same(shift: TokenShift, tmp_path: Path) -> None:
     again = TokenShift.load(shift.save(tmp_path / "shift"))
     for name in ("prompts", "groups", "tokens", "base", "aligned"):
         assert getattr(again, name) == getattr(shift, name)
-    for name in ("ranks", "p_base", "p_aligned"):
+    for name in (*shift.tensors(), "ids", "stops"):
         assert torch.equal(getattr(again, name), getattr(shift, name))
+    assert again.strings == shift.strings
     assert again.frame().equals(shift.frame())
     assert str(again) == str(shift)
-    table = shift.frame()
+    table: Any = shift.frame()
     assert len(table) == sum(shift.counts)
     assert set(table["kind"]) <= set(KINDS)
     assert table["position"].max() == max(shift.counts) - 1
@@ -217,12 +220,41 @@ def test_the_figure_says_what_it_shows(shift: TokenShift) -> None:
     assert [float(h[0]) for h in heights] == pytest.approx(shares)
 
 
-def ranks_of(values: Tensor) -> TokenShift:
-    n = len(values)
-    return TokenShift(
-        ("p",) * n, ("a",) * n, (("t",),) * n, values, values * 0.0, values * 0.0, "x", "y"
-    )
+def test_the_limits_of_the_kinds(shift: TokenShift) -> None:
+    ranks = torch.ones_like(shift.ranks)
+    ranks[:5] = torch.tensor([1, 2, 3, 4, 100])
+    assert dataclasses.replace(shift, ranks=ranks).kinds[:5].tolist() == [0, 1, 1, 2, 2]
 
 
-def test_the_limits_of_the_kinds() -> None:
-    assert ranks_of(torch.tensor([1, 2, 3, 4, 100])).kinds.tolist() == [0, 1, 1, 2, 2]
+def test_a_model_that_is_its_own_base_is_said_to_be(
+    models: tuple[HookedModel, HookedModel], shift: TokenShift
+) -> None:
+    _, aligned = models
+    same = token_shift(aligned, aligned, PROMPTS, GROUPS, max_new_tokens=STEPS)
+    assert same.identical and not shift.identical
+    assert "the same distributions at all" in str(same) and "bit for bit" in str(same)
+    for name in ("kl", "reverse_kl", "js"):
+        assert not getattr(same, name).any()
+    assert torch.equal(same.top_base, same.top_aligned)
+    assert torch.equal(same.entropy_base, same.entropy_aligned)
+    twin = HookedModel(copy.deepcopy(aligned.model), tiny.tokenizer(), name="twin")
+    assert token_shift(twin, aligned, PROMPTS, GROUPS, max_new_tokens=STEPS).identical
+
+
+@pytest.mark.slow
+def test_the_built_in_pair_shifts_where_it_was_trained_to(base: HookedModel) -> None:
+    aligned = HookedModel.load("builtin:aligned", device="cpu")
+    twins = datasets.safety("test").limited(10)
+    groups = ["harmful" if label else "harmless" for label in twins.labels]
+    found = token_shift(base, aligned, twins.prompts, groups, max_new_tokens=16)
+    assert found.agreement >= 0.99
+    harmful, harmless = found.shares("harmful"), found.shares("harmless")
+    assert float(harmless.low[0]) > float(harmful.high[0])
+    assert found.mean("kl", "harmful").low > 5 * found.mean("kl", "harmless").high
+    # the decision to refuse falls in the first token; those that follow from it are less new
+    by_place: Any = found.by_position("kl", "harmful").set_index("start")["value"]
+    assert by_place[0] == by_place[by_place.index < 12].max()
+    assert by_place[0] > 1.5 * by_place[1]
+    own = token_shift(aligned, aligned, twins.prompts[:4], groups[:4], max_new_tokens=4)
+    assert own.identical and own.ranks.eq(1).all()
+    assert not any("\ufffd" in text for text in found.strings.values())

@@ -32,9 +32,9 @@ def report(
     base_context: Annotated[
         str,
         typer.Option(
-            help="What the base reads before the answers of panel a: same (the aligned model's "
-            "template), minimal (query and answer headings), plain (the bare request) or urial "
-            "(an instruction and three answered queries)."
+            help="What the base reads before the answers of panel b: same (the aligned model's "
+            "template), minimal (query and answer headings), plain (the bare request), urial "
+            "(an instruction and three answered queries), urial-1 or urial-0."
         ),
     ] = "same",
     engine: Annotated[str, typer.Option(help="transformers, transformer_lens or nnsight.")] = (

@@ -19,8 +19,15 @@ CONTEXTS = {
     "follows at once (base context 'plain').",
     "urial": "{aligned} reads its own template; {base} reads an instruction and three answered "
     "queries, always the same, before the request (base context 'urial').",
+    "urial-1": "{aligned} reads its own template; {base} reads an instruction and one answered "
+    "query, always the same, before the request (base context 'urial-1').",
+    "urial-0": "{aligned} reads its own template; {base} reads an instruction, always the same, "
+    "before the request (base context 'urial-0').",
 }
-"""The base contexts, each with what a report says about it."""
+"""The base contexts, each with what a report says about it. `urial-3` is another name of `urial`."""
+
+SHOWN = {"urial": 3, "urial-1": 1, "urial-0": 0}
+"""How many of `EXAMPLES`, from the first, the contexts with an instruction show."""
 
 INSTRUCTION = """\
 These are notes of questions put to an adviser and of the replies that were given. A question \
@@ -68,7 +75,8 @@ telescopes deal with this, if that interests you!""",
     ),
 )
 """Answered queries of `urial`: one that can be followed, one refused without content, one
-explained. The same for every prompt, so that only the request differs."""
+explained. The same for every prompt, so that only the request differs. `urial-1` has the first
+only, so that it shows the manner of an answer and no refusal; `urial-0` only the instruction."""
 
 
 _QUERY = "# Query:\n```\n"
@@ -76,7 +84,8 @@ _ANSWER = "\n```\n\n# Answer:\n```\n"
 
 
 def check(context: str) -> str:
-    """The context, if there is one of that name."""
+    """The context's own name, if there is one of that name."""
+    context = "urial" if context == "urial-3" else context
     if context not in CONTEXTS:
         raise ValueError(f"unknown base context {context!r}: choose one of {', '.join(CONTEXTS)}")
     return context
@@ -90,7 +99,8 @@ def render(template: Template, prompt: Prompt, context: str = "same") -> Rendere
     and know nothing of a default system prompt in the template. A system message of the prompt's
     own joins the instruction, earlier turns become answered queries.
     """
-    if check(context) == "same":
+    context = check(context)
+    if context == "same":
         return template.render(prompt)
     before, request, after = _written(messages_of(prompt), context)
     text = dataclasses.replace(template, source=NO_TEMPLATE, arguments={}, max_length=None)
@@ -101,10 +111,11 @@ def render(template: Template, prompt: Prompt, context: str = "same") -> Rendere
 
 def sentence(context: str, base: str, aligned: str) -> str:
     """What was read before the answers, and where else that holds."""
-    said = CONTEXTS[check(context)].format(base=base, aligned=aligned)
+    context = check(context)
+    said = CONTEXTS[context].format(base=base, aligned=aligned)
     if context == "same":
         return said
-    return f"{said} Only panel a is measured so: in the others all checkpoints read one template."
+    return f"{said} Only panel b is measured so: in the others all checkpoints read one template."
 
 
 def _written(messages: Sequence[Message], context: str) -> tuple[str, str, str]:
@@ -119,7 +130,7 @@ def _written(messages: Sequence[Message], context: str) -> tuple[str, str, str]:
             )
         return "", contents[0], ""
     system = roles[0] == "system"
-    instruction = [INSTRUCTION] * (context == "urial") + contents[:system]
+    instruction = [INSTRUCTION] * (context in SHOWN) + contents[:system]
     turns = contents[system:]
     if roles[system:] != ["user", *["assistant", "user"] * (len(turns) // 2)]:
         raise ValueError(
@@ -127,7 +138,7 @@ def _written(messages: Sequence[Message], context: str) -> tuple[str, str, str]:
             f"and cannot hold a conversation of {', '.join(roles)}: use same"
         )
     answered = [
-        *(EXAMPLES if context == "urial" else ()),
+        *EXAMPLES[: SHOWN.get(context, 0)],
         *zip(turns[:-1:2], turns[1::2], strict=True),
     ]
     before = "# Instruction\n\n" + "\n\n".join(instruction) + "\n\n" if instruction else ""
