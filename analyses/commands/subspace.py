@@ -1,0 +1,162 @@
+"""`alignlens subspace`"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from analyses.subspaces.panels import Panel
+
+ONLY = ("weights", "activations", "lens", "erasure")
+BUILTIN = ("builtin:base", "builtin:aligned")
+TUNED, AGAIN = ("builtin:drifted", "builtin:mixed"), "builtin:aligned-s1"
+
+
+def subspace(
+    base: Annotated[str, typer.Argument(help="Base model.")] = BUILTIN[0],
+    aligned: Annotated[str, typer.Argument(help="Aligned model.")] = BUILTIN[1],
+    tuned: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model tuned further from the aligned one; repeat for several. For the built-in "
+            "models: drifted and mixed."
+        ),
+    ] = None,
+    again: Annotated[
+        str | None,
+        typer.Option(
+            help="The aligned model trained again with another seed, for the lens's null. For the "
+            "built-in models: aligned-s1."
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="weights, activations (with the concept), lens or erasure.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Pairs (JSONL or CSV). Default: the shipped twins.")
+    ] = None,
+    topics: Annotated[int, typer.Option(help="Training and test topics each, at most.")] = 60,
+    texts: Annotated[int, typer.Option(help="Unrelated texts of the lens.")] = 40,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("alignlens-subspace"),
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    write_edited: Annotated[
+        Path | None,
+        typer.Option(help="Also write the aligned model with a projected first update there."),
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="Of directions kept by --write-edited.")] = 0.25,
+    engine: Annotated[str, typer.Option(help="transformers, transformer_lens or nnsight.")] = (
+        "transformers"
+    ),
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Look for safety subspaces: in weights, in activations, in differences, and erase them.
+
+    \b
+    alignlens subspace
+    alignlens subspace org/base org/instruct --tuned org/tuned --only weights
+    alignlens subspace m m+adapter --prompts pairs.jsonl --out my-subspaces
+    """
+    from analyses.subspaces import panels
+
+    if only is not None and only not in ONLY:
+        raise ValueError(f"--only {only}: choose one of {', '.join(ONLY)}")
+    if topics < 4 or texts < 4:
+        raise ValueError(f"--topics {topics} and --texts {texts}: give at least 4 of each")
+    own = (base, aligned) == BUILTIN
+    others = list(tuned) if tuned else list(TUNED if own else ())
+    again = again or (AGAIN if own else None)
+    wanted = ONLY if only is None else (only,)
+    if only == "weights" and not others:
+        raise ValueError("--only weights compares updates with the alignment: give --tuned MODEL")
+    if write_edited is not None and not others:
+        raise ValueError("--write-edited projects an update of the aligned model: give --tuned")
+    size = panels.Size(topics, max(4, 2 * topics // 3), topics, texts)
+    source = None if prompts is None else str(prompts)
+    if dry_run:
+        parts, _, name = panels.parts_of(source, size, seed)
+        n = sum(map(len, parts.values())) + size.test
+        models = 2 + len(others)
+        typer.echo(
+            f"{models} checkpoints; {', '.join(wanted)}; {name}: {n} prompts captured per "
+            f"checkpoint (about {25 * n * models:,} tokens), {texts} texts read by each in the "
+            f"lens; memory: all {models} models at once; disk: about 5 MB in {out}"
+        )
+        return
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    found: list[Panel] = []
+    record = None
+    if "weights" in wanted and others:
+        found += panels.weight_panels(base, aligned, others, say)
+    if set(wanted) - {"weights"}:
+        panels.parts_of(source, size, seed)  # a wrong file is said before anything is loaded
+        say("loading " + ", ".join((base, aligned, *others)))
+        loaded = panels.load(base, aligned, others, engine=engine, dtype=dtype)
+        for note in loaded.notes:
+            say(note)
+        if {"activations", "erasure"} & set(wanted):
+            lineage = panels.capture_lineage(loaded, source, size, seed, say)
+            record = lineage.record
+            if "activations" in wanted:
+                found += panels.activation_panels(lineage, seed, say)
+            if "erasure" in wanted:
+                found += panels.erasure_panels(lineage, seed, say)
+        if "lens" in wanted:
+            repeated = panels.repeated(loaded, again, engine=engine, dtype=dtype)
+            found += panels.lens_panels(loaded, repeated, size, seed, say)
+    if write_edited is not None:
+        from analyses.subspaces.deltas import difference
+        from analyses.subspaces.edited import Projected
+        from analyses.subspaces.edited import write_edited as write
+
+        V, U = difference(aligned, base), difference(others[0], aligned)
+        say(f"wrote {write(aligned, V, U, Projected(fraction), write_edited)}")
+    summary = _write(found, out, record)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    for panel in found:
+        typer.echo(f"{panel.name}: {panel.result}")
+    typer.echo(f"subspace: {len(found)} panels in {out}")
+
+
+def _write(found: "list[Panel]", out: Path, record: object) -> dict[str, object]:
+    """One folder a panel (result, record, table, figures), above them a summary of all."""
+    import pandas as pd
+
+    from probes import figures, files
+    from probes.results import Record
+
+    whole = record if isinstance(record, Record) else found[0].result.record
+    lines: dict[str, str] = {}
+    tables = []
+    for panel in found:
+        own = panel.result.record
+        if not own.models:  # measured on activations: as they were captured
+            own = dataclasses.replace(whole, settings={**whole.settings, **own.settings})
+        result = dataclasses.replace(panel.result, record=own)
+        folder = result.save(out / panel.name)
+        table = result.frame()
+        files.write_text(folder / "table.csv", table.to_csv(index=False))
+        for name, axes in panel.figures.items():
+            figures.save(axes, folder / name, dataclasses.asdict(own))
+        lines[panel.name] = str(result)
+        table.insert(0, "panel", panel.name)
+        tables.append(table)
+    files.write_text(out / "table.csv", pd.concat(tables).to_csv(index=False))
+    notes = [n for panel in found for n in getattr(panel.result, "notes", ())]
+    summary: dict[str, object] = {"panels": lines, "notes": list(dict.fromkeys(notes))}
+    files.write_json(out / "result.json", summary)
+    files.write_json(out / "record.json", dataclasses.asdict(whole))
+    return summary

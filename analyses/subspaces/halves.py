@@ -1,0 +1,113 @@
+"""Subspaces of prompt sets and of their random halves, in one layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.subspaces import bases
+
+Halves = Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+"""Row numbers of the two halves of every set, one pair a split."""
+
+
+class Side(NamedTuple):
+    """One of two things compared: the activations of a prompt set in a checkpoint."""
+
+    model: str
+    prompts: str
+
+
+class Span(NamedTuple):
+    """Singular directions of some rows, strongest first, and their singular values."""
+
+    axes: Float[Tensor, "d k"]
+    values: Float[Tensor, " k"]
+
+    def at(self, eta: float) -> Float[Tensor, "d k"]:
+        """The fewest that hold this share of the energy."""
+        return self.axes[:, : bases.energy_rank(self.values, eta)]
+
+    def overlaps(self, other: "Span", etas: Sequence[float]) -> list[float]:
+        """`bases.mode_overlap` of both at every share of the energy, from one product."""
+        squares = (self.axes.T @ other.axes).square()
+        found = []
+        for eta in etas:
+            k, m = (bases.energy_rank(span.values, eta) for span in (self, other))
+            found.append(min(1.0, float(squares[:k, :m].sum()) / min(k, m)))
+        return found
+
+
+class Spans:
+    """Singular directions of the rows of one layer; each asked for is computed once."""
+
+    def __init__(self, rows: Mapping[Side, Float[Tensor, "prompt rank"]], centred: bool) -> None:
+        self.rows, self.centred = rows, centred
+        self._known: dict[tuple, Span] = {}
+
+    def of(self, side: Side, rows: Tensor | None = None) -> Span:
+        """Of all rows of a side, or of some."""
+        key = (side, () if rows is None else tuple(rows.tolist()))
+        if key not in self._known:
+            given = self.rows[side] if rows is None else self.rows[side][rows]
+            x = given - given.mean(0) if self.centred else given
+            if not x.norm() > 1e-10 * given.norm():  # what centring leaves of equal rows: rounding
+                raise ValueError(
+                    f"the {len(x)} activations of {side.prompts} in {side.model} are all the same: "
+                    "a centred subspace needs prompts that differ"
+                )
+            self._known[key] = Span(*bases.thin_svd(x.T))
+        return self._known[key]
+
+    def splits(
+        self, a: Side, b: Side, halves: Halves, size: int, etas: Sequence[float]
+    ) -> list[tuple[list[float], list[float]]]:
+        """For each eta the overlaps between the sides and those within one, over the splits.
+
+        `size` rows of each half are used. A half of one side meets the half of *other* topics of
+        the other side, as two halves of one side do.
+        """
+        found: list[tuple[list[float], list[float]]] = [([], []) for _ in etas]
+        for one, two in zip(halves[a.prompts], halves[b.prompts], strict=True):
+            spans = [self.of(a, h[:size]) for h in one] + [self.of(b, h[:size]) for h in two]
+            A1, A2, B1, B2 = spans
+            for pair, place in (((A1, B2), 0), ((A2, B1), 0), ((A1, A2), 1), ((B1, B2), 1)):
+                for e, value in enumerate(pair[0].overlaps(pair[1], etas)):
+                    found[e][place].append(value)
+        return found
+
+
+def joint(
+    rows: Mapping[Side, Float[Tensor, "_prompt d_model"]],
+) -> dict[Side, Float[Tensor, "_prompt rank"]]:
+    """Coordinates in a basis of all rows together, float64: lengths and angles stay, and where
+    prompts are fewer than dimensions every decomposition is smaller."""
+    everything = torch.cat([x.double() for x in rows.values()])
+    if everything.shape[0] >= everything.shape[1]:
+        return {side: x.double() for side, x in rows.items()}
+    basis = torch.linalg.qr(everything.T).Q
+    return {side: x.double() @ basis for side, x in rows.items()}
+
+
+def halves_by_topic(topics: Mapping[str, Sequence[str]], splits: int, seed: int) -> Halves:
+    """Random halves of each set by whole topics, the same way for topics that sets share."""
+    generator = torch.Generator().manual_seed(seed)
+    known = sorted({t for own in topics.values() for t in own})
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in topics}
+    for _ in range(splits):
+        order = torch.randperm(len(known), generator=generator).tolist()
+        place = dict(zip(known, order, strict=True))
+        for name, own in topics.items():
+            ranked = sorted(set(own), key=place.__getitem__)
+            first = set(ranked[: len(ranked) // 2])
+            inside = torch.tensor([t in first for t in own])
+            found[name].append((inside.nonzero().flatten(), (~inside).nonzero().flatten()))
+    return found
+
+
+def band(values: Sequence[float]) -> Float[Tensor, " 3"]:
+    """Mean, 5th and 95th percentile."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return torch.stack([x.mean(), x.quantile(0.05), x.quantile(0.95)])
