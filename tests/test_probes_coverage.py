@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from golden import make_coverage
 
 from probes import scores
@@ -19,19 +20,51 @@ def test_the_kept_table_is_near_what_is_promised() -> None:
         assert (0.86 if name in few else 0.92) <= share <= most, (name, share)
 
 
+def test_over_rates_and_with_enough_groups_93_to_97_percent_are_covered() -> None:
+    """Wilson on average over rates, at small n too; BCa from 40 groups on, whatever the
+    statistic."""
+    promised = [f"wilson, rates 0.05 to 0.95, n {n}" for n in make_coverage.SIZES]
+    for groups in make_coverage.ENOUGH:
+        kinds = ("mean", "auroc", "cluster F", "pooled share")
+        promised += [f"{kind}, {groups} groups" for kind in kinds]
+    for name in promised:
+        assert 0.93 <= KNOWN[name] <= 0.97, (name, KNOWN[name])
+
+
 def test_a_slice_repeats_the_table() -> None:
     again = make_coverage.table(60, first=10_000)
     assert again.keys() == KNOWN.keys()
     for name, share in again.items():
-        n = 15 if name.startswith("mean") else 60
+        n = 30 if name.startswith(("mean", "cluster", "pooled")) else 60
         slack = scores.wilson(round(share * n), n, level=0.9999)
         assert slack.low <= KNOWN[name] <= slack.high, (name, share, KNOWN[name])
+
+
+def test_the_published_index_would_not_be_covered() -> None:
+    """The negative control: percentiles of resampled 1/XBI, whose noise counts twice."""
+    from analyses.drift.between_topics import topic_weights
+    from analyses.drift.clusters import scatter
+
+    groups, width, held = 40, make_coverage.WIDTH, 0
+    labels = torch.arange(2 * groups) < groups
+    names = [str(i) for i in range(groups)] * 2
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2 * groups, width, generator=generator)
+        x[labels, 0] += (0.05 * width) ** 0.5
+        drawn, _ = topic_weights(labels, names, 60, seed)
+        found = []
+        for weights in drawn.long():
+            rows = torch.arange(2 * groups).repeat_interleave(weights)
+            found.append(1 / scatter(x[rows], labels[rows]).xie_beni)
+        low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
+        held += low <= 0.05 <= high
+    assert held <= 8
 
 
 @pytest.mark.parametrize("groups", [20, 80])
 def test_intervals_over_rows_would_not_cover(groups: int) -> None:
     """The negative control: four rows of a group are not four observations."""
-    import torch
 
     def covered(seed: int) -> bool:
         generator = torch.Generator().manual_seed(seed)

@@ -1,9 +1,10 @@
 """How often the intervals cover the truth: simulations, kept in coverage.json.
 
-    python tests/golden/make_coverage.py            all of it, a few minutes
+    python tests/golden/make_coverage.py            all of it, some twenty minutes on one core
 
 `tests/test_probes_coverage.py` repeats a slice of every row. The truth of each simulation is known
-in closed form; groups share a random shift, as topics do.
+in closed form; groups share a random shift, as topics do. A row is 2000 simulations, one of a BCa
+interval 1000.
 """
 
 import json
@@ -12,12 +13,21 @@ from pathlib import Path
 
 import torch
 
+from analyses.drift.between_topics import between, pairs_of, topic_weights
 from probes import scores
 
 KEPT = Path(__file__).with_name("coverage.json")
 REPEATS = 2000
 GROUPS = (10, 20, 40, 80)
 RATES = (0.02, 0.1, 0.5, 0.9)
+SPREAD_RATES = tuple(0.05 + 0.9 * i / 36 for i in range(37))
+"""Rates from 0.05 to 0.95: at one rate a discrete interval covers now more, now less."""
+SIZES = (5, 10, 20, 40, 160)
+ENOUGH = (40, 80)
+"""Groups that a BCa interval needs for what it promises."""
+
+RESAMPLES = 2000
+"""Those of `scores.bca_bootstrap` and of the cluster indices unless asked otherwise."""
 SHIFT, GAP = 0.7, 1.0
 """Spread of what a group shares, in units of the spread inside groups; distance of the classes."""
 
@@ -55,6 +65,56 @@ def mean_covered(groups: int, seed: int) -> bool:
     return found.low <= 1.0 <= found.high
 
 
+def share_covered(groups: int, seed: int) -> bool:
+    """BCa interval of a share pooled over groups: hits over trials, as of tokens in answers.
+
+    A group has 5 to 40 trials and a rate of its own, of mean 0.2 (the product of two uniforms and
+    0.8), independent of its size: that mean is the share of the population.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    trials = torch.randint(5, 41, (groups,), generator=generator)
+    rates = 0.8 * torch.rand(2, groups, generator=generator).prod(0)
+    draws = torch.rand(groups, 40, generator=generator) < rates[:, None]
+    hits = (draws & (torch.arange(40) < trials[:, None])).sum(1)
+    value, drawn, left = (
+        (w @ hits.double()) / (w @ trials.double()) for w in _weights(groups, generator)
+    )
+    found = scores.bca(value, drawn, left)
+    return float(found.low) <= 0.2 <= float(found.high)
+
+
+def _weights(groups: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """How often each group counts: in the sample, in resamples, with each group left out."""
+    drawn = torch.randint(groups, (RESAMPLES, groups), generator=generator)
+    counts = torch.zeros(RESAMPLES, groups, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    whole = torch.ones(groups, dtype=torch.float64)
+    return whole, counts, 1 - torch.eye(groups, dtype=torch.float64)
+
+
+WIDTH = 32
+
+
+def cluster_covered(groups: int, seed: int, ratio: float = 0.5) -> bool:
+    """BCa interval of the separation ratio F = D^2 / (W / N) of twins in many dimensions.
+
+    Each dimension has variance 1 + SHIFT^2 within a class, so that D^2 is `ratio` times WIDTH
+    times that.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shared = SHIFT * torch.randn(groups, WIDTH, generator=generator)
+    high, low = shared + torch.randn(2, groups, WIDTH, generator=generator)
+    high[:, 0] += (ratio * WIDTH * (1 + SHIFT**2)) ** 0.5
+    labels = torch.arange(2 * groups) < groups
+    names = [str(i) for i in range(groups)] * 2
+    pairs = pairs_of(torch.cat([high, low]), labels, names)
+    drawn, left = topic_weights(labels, names, RESAMPLES, seed)
+    weights = (None, drawn, left)
+    value, resampled, jackknife = (between(pairs, w, ratio_only=True).ratio for w in weights)
+    found = scores.bca(value[0], resampled, jackknife)
+    return float(found.low) <= ratio <= float(found.high)
+
+
 def wilson_covered(rate: float, n: int, seed: int) -> bool:
     generator = torch.Generator().manual_seed(seed)
     found = scores.wilson(int((torch.rand(n, generator=generator) < rate).sum()), n)
@@ -74,11 +134,18 @@ def table(repeats: int, first: int = 0) -> dict[str, float]:
     found = {}
     for groups in GROUPS:
         found[f"auroc, {groups} groups"] = [auroc_covered(groups, seed) for seed in seeds]
-        found[f"mean, {groups} groups"] = [mean_covered(groups, seed) for seed in seeds[::4]]
+        found[f"mean, {groups} groups"] = [mean_covered(groups, seed) for seed in seeds[::2]]
+    for groups in ENOUGH:
+        found[f"cluster F, {groups} groups"] = [cluster_covered(groups, s) for s in seeds[::2]]
+        found[f"pooled share, {groups} groups"] = [share_covered(groups, s) for s in seeds[::2]]
     for rate in RATES:
         for n in (40, 160):
             found[f"wilson, rate {rate}, n {n}"] = [wilson_covered(rate, n, s) for s in seeds]
             found[f"newcombe, rate {rate}, n {n}"] = [newcombe_covered(rate, n, s) for s in seeds]
+    for n in SIZES:
+        found[f"wilson, rates 0.05 to 0.95, n {n}"] = [
+            wilson_covered(SPREAD_RATES[s % len(SPREAD_RATES)], n, s) for s in seeds
+        ]
     return {name: sum(hits) / len(hits) for name, hits in found.items()}
 
 
