@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 from analyses.commands import (
+    bisect,
     capture,
+    diff,
+    drift,
     export,
     import_vector,
     inspect,
@@ -19,7 +22,9 @@ from analyses.commands import (
     report,
     scan,
     serve_args,
+    shift,
     steer,
+    subspace,
     sweep,
     tradeoff,
     verify,
@@ -44,6 +49,11 @@ def options(
 
 
 app.command("report")(report.report)
+app.command("shift")(shift.shift)
+app.command("subspace")(subspace.subspace)
+app.command("drift")(drift.drift)
+app.command("bisect")(bisect.bisect)
+app.command("diff")(diff.diff)
 app.command("capture")(capture.capture)
 app.command("probe")(probe.probe)
 app.command("scan")(scan.scan)

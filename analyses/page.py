@@ -5,10 +5,12 @@ import csv
 import dataclasses
 import io
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from analyses import summary
+from analyses.drift.terms import TERMS
 from analyses.figures import broken, legend_below
 from analyses.report import Report
 from analyses.tokens import contexts
@@ -36,6 +38,8 @@ def write(report: Report, folder: Path | str) -> Path:
         "steering": report.steering,
         **{f"probe-{label}": sweep for label, sweep in report.sweeps},
     }
+    if report.drift is not None:
+        named |= {"drift": report.drift[0], "weights": report.drift[1]}
     for name, result in named.items():
         dataclasses.replace(result, record=report.record).save(folder / "results" / name)
     rows = table(report)
@@ -80,14 +84,24 @@ def draw(report: Report) -> dict[str, Any]:
     report.refusals.plot(ax)
     moved, axes = panel(2, 4.2)
     _draw_steering(report, axes)
-    return {
-        "a-token-shift": shift,
-        "b-probes": probe,
-        "c-separation": apart,
-        "d-maps": where,
-        "e-refusals": rates,
+    drawn = {
+        "a-refusals": rates,
+        "b-token-shift": shift,
+        "c-probes": probe,
+        "d-separation": apart,
+        "e-maps": where,
         "f-steering": moved,
     }
+    if report.drift is not None:
+        ledger, changes = report.drift
+        weights, axes = panel(2, 4.2)
+        changes.plot(axes[0])
+        changes.plot_cosine(axes[1])
+        drifted, axes = panel(2, 2.4 + 0.5 * len(ledger.labels))
+        ledger.plot(axes[0])
+        ledger.plot_layers(axes[1])
+        drawn |= {"g-weights": weights, "h-drift": drifted}
+    return drawn
 
 
 def _draw_sweeps(report: Report, ax: Any) -> None:
@@ -144,13 +158,13 @@ def table(report: Report) -> list[dict[str, Any]]:
         n = report.tokens.groups.count(group)
         for k, kind in enumerate(KINDS):
             add(
-                "a", f"share of {kind} tokens", report.tokens.aligned, float(share.value[k]),
+                "b", f"share of {kind} tokens", report.tokens.aligned, float(share.value[k]),
                 group=group, low=float(share.low[k]), high=float(share.high[k]), n=n,
             )  # fmt: skip
     for label, sweep in report.sweeps:
         for i, layer in enumerate(sweep.layers.tolist()):
             add(
-                "b", "probe AUROC", label, float(sweep.auroc[i]), layer=layer,
+                "c", "probe AUROC", label, float(sweep.auroc[i]), layer=layer,
                 low=float(sweep.low[i]), high=float(sweep.high[i]),
                 null_95=float(sweep.null_95[i]), n=sweep.n_test,
             )  # fmt: skip
@@ -159,19 +173,19 @@ def table(report: Report) -> list[dict[str, Any]]:
     for m, model in enumerate(apart.models):
         for layer in range(apart.distance.shape[1]):
             add(
-                "c", "separation d'", model, float(apart.distance[m, layer]), layer=layer,
+                "d", "separation d'", model, float(apart.distance[m, layer]), layer=layer,
                 low=float(apart.distance_low[m, layer]), high=float(apart.distance_high[m, layer]),
                 null_95=float(apart.shuffled[m, layer]), n=n,
             )  # fmt: skip
             add(
-                "c", f"cosine with {apart.reference}", model, float(apart.cosine[m, layer]),
+                "d", f"cosine with {apart.reference}", model, float(apart.cosine[m, layer]),
                 layer=layer, low=float(apart.cosine_low[m, layer]),
                 high=float(apart.cosine_high[m, layer]), n=report.size.train,
             )  # fmt: skip
-            add("c", "relative change", model, float(apart.change[m, layer]), layer=layer, n=2 * n)
+            add("d", "relative change", model, float(apart.change[m, layer]), layer=layer, n=2 * n)
     for row in report.refusals.frame().to_dict("records"):
         add(
-            "e", "refusal rate", row["model"], row["rate"], group=row["group"],
+            "a", "refusal rate", row["model"], row["rate"], group=row["group"],
             low=row["low"], high=row["high"], n=row["asked"],
         )  # fmt: skip
     for row in report.steering.frame().to_dict("records"):
@@ -181,6 +195,19 @@ def table(report: Report) -> list[dict[str, Any]]:
             report.tokens.aligned, row["change"], layer=int(row["site"].partition(".")[0]),
             low=row["low"], high=row["high"], null_95="" if null != null else null, n=row["n"],
         )  # fmt: skip
+    if report.drift is not None:
+        ledger, changes = report.drift
+        for row in changes.by_layer().to_dict("records"):
+            for quantity in ("relative change", "cosine"):
+                add(
+                    "g", f"{quantity} of the weights", row["checkpoint"], row[quantity],
+                    layer=row["layer"], null_95=row["null_95"] if quantity == "cosine" else "",
+                )  # fmt: skip
+        for row in ledger.frame().to_dict("records"):
+            add(
+                "h", f"drift: {row['term']}", row["checkpoint"], row["value"],
+                low=row["low"], high=row["high"], null_95=1.0, n=ledger.topics,
+            )  # fmt: skip
     return rows
 
 
@@ -204,7 +231,27 @@ def html(report: Report, pictures: dict[str, Any], said: list[str], record: dict
         openings=_openings(report),
         record=json.dumps(record, indent=1, sort_keys=True, default=str),
         kinds=KINDS,
+        terms=TERMS,
+        commands=_commands(report),
     )
+
+
+def _commands(report: Report) -> list[tuple[str, str]]:
+    """Commands that make each panel again, alone."""
+    base, aligned, *drifted = (shlex.quote(name) for name in report.record.models)
+    more = "".join(f" --drifted {name}" for name in drifted)
+    seed = f" --seed {report.record.seeds[0]}" if report.record.seeds[0] else ""
+    best = report.sweeps[1][1].best
+    found = [
+        ("all", f"alignlens report --base {base} --aligned {aligned}{more}{seed}"),
+        ("b", f"alignlens shift {base} {aligned} --context all{seed}"),
+        ("c", f"alignlens probe {aligned}{seed}"),
+        ("d, e", f"alignlens subspace {base} {aligned}{seed}"),
+        ("f", f"alignlens sweep {aligned} --sites {best} --effects odds{seed}"),
+    ]
+    if report.drift is not None:
+        found.append(("a, g, h", f"alignlens drift {base} {aligned}{more}{seed}"))
+    return found
 
 
 def _answers(report: Report) -> list[dict[str, Any]]:

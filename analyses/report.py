@@ -12,6 +12,9 @@ from torch import Tensor
 
 from analyses import checkpoints as lineages
 from analyses.checkpoints import Checkpoints
+from analyses.drift.ledger import DriftLedger
+from analyses.drift.weight_changes import WeightChanges
+from analyses.drifted import measure_drift
 from analyses.maps import Maps, map_activations
 from analyses.refusals import RefusalRates, refusal_rates
 from analyses.separation import Separation, measure_separation
@@ -76,6 +79,9 @@ class Report:
     refusals: RefusalRates
     steering: SteeringSweep
     """The aligned model with the class direction added."""
+    drift: tuple[DriftLedger, WeightChanges] | None
+    """Every other checkpoint, and two round trips, against the aligned one; None where base and
+    aligned are equal."""
     classes: tuple[str, str]
     contrast: str
     size: Size
@@ -253,6 +259,12 @@ def measure(
         openers or ["I"],
         seed=seed,
     )
+    say(f"drift from {label}: {len(checkpoints.items) + 1} checkpoints")
+    ledger = measure_drift(
+        checkpoints, answered, refusals, parts["test"], activations, rows["test"], seed
+    )
+    if ledger is None:
+        notes.append(f"{checkpoints.labels[0]} and {label} have equal weights: nothing drifts.")
     template = checkpoints.aligned.template
     read = [contexts.render(template, prompt, base_context) for prompt in long.prompts]
     record = Record(
@@ -278,6 +290,7 @@ def measure(
         drawn,
         refusals,
         steered,
+        ledger,
         classes,
         name,
         size,

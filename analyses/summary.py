@@ -1,15 +1,19 @@
 """A report in a few sentences, generated from its numbers and saying them."""
 
+from analyses.drift.ledger import DriftLedger
 from analyses.report import Report
 from probes.scores import Interval
 
 
 def sentences(report: Report) -> list[str]:
-    """Five or six sentences; nothing is claimed whose interval does not exclude its null."""
+    """Five to seven sentences; nothing is claimed whose interval does not exclude its null."""
     said = [_refusals(report), _shift(report), _probe(report), _where(report)]
     if len(report.refusals.models) > 2:
         said.append(_drift(report))
-    return [*said, _steering(report)]
+    said.append(_steering(report))
+    if report.drift is not None and "drifted" in report.drift[0].roles:
+        said.append(_ledger(report.drift[0]))
+    return said
 
 
 def _rate(interval: Interval) -> str:
@@ -97,6 +101,26 @@ def _drift(report: Report) -> str:
             verdict = "not clearly different"
         said.append(f"{model} refuses {_rate(rate)} ({verdict})")
     return f"Against {rates.models[1]}, {', and '.join(said)} of the {positive} prompts."
+
+
+def _ledger(ledger: DriftLedger) -> str:
+    said = []
+    for label, role in zip(ledger.labels, ledger.roles, strict=True):
+        if role != "drifted":
+            continue
+        head, claimed = ledger.headline(label), ledger.claimed(label)
+        beyond = f"beyond the null: {', '.join(claimed)}" if claimed else "no term beyond its null"
+        said.append(f"{label} {head.value:.1f} [{head.low:.1f}, {head.high:.1f}] ({beyond})")
+    inside = [
+        label
+        for label, role in zip(ledger.labels, ledger.roles, strict=True)
+        if role == "control" and not ledger.claimed(label)
+    ]
+    controls = f"; no term of the controls {' and '.join(inside)} is" if inside else ""
+    return (
+        f"Drift from {ledger.reference}, in nulls (0 none, 1 as large as each null's 95th "
+        f"percentile): {'; '.join(said)}{controls}."
+    )
 
 
 def _steering(report: Report) -> str:

@@ -7,7 +7,7 @@ import scipy.spatial.distance
 import scipy.stats
 import torch
 
-from analyses.drift import terms
+from analyses.drift import halves, terms
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -79,15 +79,15 @@ def test_the_representation_term_finds_a_planted_loss_of_contrast() -> None:
     positive, groups = prompts(60)
     drawn = generator()
     along = torch.randn(3, 120, generator=drawn) + 2.0 * positive.float()
-    null = terms.representation_null(
-        terms.project(along, positive, groups), terms.halves(60, seed=0)
+    null = halves.representation_null(
+        halves.project(along, positive, groups), terms.halves(60, seed=0)
     )
     lost = torch.where(positive, -1.0, 0.0).expand(3, -1)
     noise = 1.0 * torch.randn(3, 120, generator=drawn)
     options = {"count": 300, "seed": 0}
-    planted = terms.representation_term(terms.project(lost, positive, groups), null, **options)
-    control = terms.representation_term(terms.project(noise, positive, groups), null, **options)
-    same = terms.representation_term(terms.project(0 * noise, positive, groups), null, **options)
+    planted = halves.representation_term(halves.project(lost, positive, groups), null, **options)
+    control = halves.representation_term(halves.project(noise, positive, groups), null, **options)
+    same = halves.representation_term(halves.project(0 * noise, positive, groups), null, **options)
     assert planted.low > 1 and control.low < 1
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
 
@@ -97,7 +97,7 @@ def test_the_representation_null_is_that_of_two_halves() -> None:
     along = torch.randn(2, 60, generator=generator())
     split = terms.halves(30, seed=3)
     assert bool((split.sum(1) == 15).all())
-    found = terms.representation_null(terms.project(along, positive, groups), split)
+    found = halves.representation_null(halves.project(along, positive, groups), split)
     gaps = []
     for half in split:
         row = []
@@ -120,18 +120,18 @@ def test_the_divergence_is_scipys() -> None:
     p, q = torch.rand(5, 7, generator=generator()).double().softmax(-1), torch.rand(5, 7).double()
     q = q / q.sum(-1, keepdim=True)
     expected = [scipy.spatial.distance.jensenshannon(a, b) ** 2 for a, b in zip(p, q, strict=True)]
-    assert terms.jensen_shannon(p, q).tolist() == pytest.approx(expected)
-    assert terms.jensen_shannon(p, p).tolist() == [0.0] * 5
-    far = terms.jensen_shannon(torch.eye(2).double()[0], torch.eye(2).double()[1])
+    assert halves.jensen_shannon(p, q).tolist() == pytest.approx(expected)
+    assert halves.jensen_shannon(p, p).tolist() == [0.0] * 5
+    far = halves.jensen_shannon(torch.eye(2).double()[0], torch.eye(2).double()[1])
     assert float(far) == pytest.approx(math.log(2))
 
 
 def token(ours: torch.Tensor, theirs: torch.Tensor, reached: torch.Tensor) -> terms.Term:
     positive, groups = prompts(len(ours) // 2)
-    ids = terms.kept_ids(ours, theirs, kept=32)
+    ids = halves.kept_ids(ours, theirs, kept=32)
     split = terms.halves(len(ours) // 2, seed=0)
-    a, b = (terms.steps(x, reached, positive, groups, ids) for x in (ours, theirs))
-    return terms.token_term(a, b, terms.token_null(a, split), count=200, seed=0)
+    a, b = (halves.steps(x, reached, positive, groups, ids) for x in (ours, theirs))
+    return halves.token_term(a, b, halves.token_null(a, split), count=200, seed=0)
 
 
 def test_the_token_term_finds_a_planted_opener_and_forgives_what_topics_differ_by() -> None:
@@ -156,9 +156,9 @@ def test_what_stands_beyond_the_end_of_an_answer_does_not_count() -> None:
     reached[::3, 2] = False
     whole = token(ours, theirs, reached)
     other = torch.where(reached[..., None], theirs, logits(40, drawn))
-    ids = terms.kept_ids(ours, theirs, kept=40)
+    ids = halves.kept_ids(ours, theirs, kept=40)
     positive, groups = prompts(20)
-    a, b = (terms.steps(x, reached, positive, groups, ids) for x in (theirs, other))
+    a, b = (halves.steps(x, reached, positive, groups, ids) for x in (theirs, other))
     torch.testing.assert_close(a.sums, b.sums)
     assert whole.value > 0
 

@@ -34,7 +34,7 @@ def diff(
         files.write_text(out / "table.csv", table.to_csv(index=False))
         figures.save(found.plot(), out / "differences")
     if as_json:
-        rows = json.loads(table.to_json(orient="records"))
+        rows = json.loads(str(table.to_json(orient="records")))
         typer.echo(json.dumps({"settings": found.settings, "table": rows}))
         return
     for name, was, now in found.settings:

@@ -9,14 +9,16 @@ the headline never stands without them.
 representation, token, behaviour, each in units of its null's 95th percentile. It is 0 where none
 of them changed, and 1 where each is as large as its null makes it in one case of twenty. The weight
 term stands beside it and not in it: weights are read without sampling error, so any training at all
-is tens to hundreds of nulls large there, also another seed that ends in the same behaviour.
+is tens to hundreds of nulls large there. A checkpoint that was not trained from the reference (another
+seed) even holds the alignment matrix negated by construction: its update is its own alignment less
+the reference's.
 
 Controls stand beside the drifts and calibrate nothing: a bfloat16 and an 8-bit round trip of the
 reference, and other alignments of the same base (seeds), where there are some.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -216,6 +218,27 @@ class DriftLedger(Result):
                 f"{label} {head.value:.2f} [{head.low:.2f}, {head.high:.2f}] (beyond null: {beyond})"
             )
         return f"drift from {self.reference}: " + "; ".join(said)
+
+
+def joined(ledgers: Sequence[DriftLedger]) -> DriftLedger:
+    """One ledger of several against the same reference, prompts and draws."""
+    first = ledgers[0]
+    for other in ledgers[1:]:
+        same = (other.reference, other.topics, other.record.prompts_hash, other.record.seeds)
+        if same != (first.reference, first.topics, first.record.prompts_hash, first.record.seeds):
+            raise ValueError(
+                f"a ledger against {other.reference} ({other.topics} topics) cannot join one against "
+                f"{first.reference} ({first.topics}): measure all against one yardstick"
+            )
+    stacked = {name: torch.cat([getattr(ledger, name) for ledger in ledgers]) for name in _STACKED}
+    listed = {
+        name: tuple(item for ledger in ledgers for item in getattr(ledger, name))
+        for name in ("labels", "roles", "details")
+    }
+    return replace(first, **stacked, **listed)
+
+
+_STACKED = ("value", "low", "high", "statistic", "null_95", "resampled", "projection")
 
 
 def headline(values: Float[Tensor, "*row term"]) -> Float[Tensor, "*row"]:

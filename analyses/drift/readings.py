@@ -102,8 +102,8 @@ class Weights:
     """Squared norm of the alignment matrix, reference minus base."""
     size: Tensor
     """Elements compared."""
-    reference: float
-    """Squared norm of all weights of the reference."""
+    reference: Float[Tensor, " tensor"]
+    """Squared norm of the reference's tensor."""
 
 
 def compare_weights(base: HookedModel, reference: HookedModel, model: HookedModel) -> Weights:
@@ -118,8 +118,8 @@ def compare_weights(base: HookedModel, reference: HookedModel, model: HookedMode
                 f"{other.name} has {len(extra)} tensors that {reference.name} lacks, first "
                 f"{extra[0]}: the weights of a ledger come from checkpoints of one architecture"
             )
-    names, dot, update, alignment, size = [], [], [], [], []
-    total, seen = 0.0, set()
+    names, dot, update, alignment, size, norms = [], [], [], [], [], []
+    seen = set()
     for name, middle in given[1].items():
         if not isinstance(middle, Tensor) or not middle.is_floating_point():
             continue
@@ -138,7 +138,7 @@ def compare_weights(base: HookedModel, reference: HookedModel, model: HookedMode
         update.append(U.square().sum())
         alignment.append(V.square().sum())
         size.append(U.numel())
-        total += float(r.square().sum())
+        norms.append(r.square().sum())
     if not names:
         raise ValueError(
             f"{reference.name} holds no floating point weights: load checkpoints without "
@@ -150,7 +150,7 @@ def compare_weights(base: HookedModel, reference: HookedModel, model: HookedMode
         torch.stack(update),
         torch.stack(alignment),
         torch.tensor(size),
-        total,
+        torch.stack(norms),
     )
 
 

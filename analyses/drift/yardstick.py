@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from analyses.checkpoints import prompted_as
-from analyses.drift import terms
+from analyses.drift import halves, terms
+from analyses.drift.halves import Null
 from analyses.drift.readings import Path, Reading, Weights, compare_weights, read
-from analyses.drift.terms import Null, Term
+from analyses.drift.terms import Term
 from probes.contrast import Contrast
 from probes.model import HookedModel
 from probes.prompts import prompts_hash
@@ -34,6 +35,7 @@ class Drift:
     """In the order of `terms.TERMS`."""
     details: dict[str, tuple[float, float, float]]
     """What the terms do not say: value and 95 % interval by name."""
+    weights: Weights
     projection: Float[Tensor, "class layer"]
     """How far the means of the positive and of the negative class moved along the reference's
     class direction, over the distance between the classes; below 0 towards the negative class."""
@@ -64,11 +66,12 @@ class Yardstick:
         reference: HookedModel,
         contrast: Contrast,
         *,
+        given: tuple[Reading, Path] | None = None,
         resamples: int = 1000,
         seed: int = 0,
     ) -> "Yardstick":
-        """Read the reference. `base` is what it was aligned from: their difference is the alignment
-        matrix of the weight term."""
+        """Read the reference, unless that is given. `base` is what it was aligned from: their
+        difference is the alignment matrix of the weight term."""
         base = prompted_as(base, reference)
         groups, known = codes(contrast.topics)
         positive = contrast.positive
@@ -83,7 +86,7 @@ class Yardstick:
                 f"only {len(known)} topics: intervals over fewer than {FEW_GROUPS} are too narrow",
                 stacklevel=2,
             )
-        reading, path = read(reference, contrast)
+        reading, path = given or read(reference, contrast)
         means = [reading.states[:, chosen].double().mean(1) for chosen in (positive, ~positive)]
         apart = (means[0] - means[1]).norm(dim=-1)
         if not bool((apart > 0).all()):
@@ -94,40 +97,47 @@ class Yardstick:
         split = terms.halves(len(known), seed)
         direction = (means[0] - means[1]) / apart[:, None] ** 2
         along = torch.einsum("lpd,ld->lp", reading.states.double(), direction)
-        ids = terms.kept_ids(reading.logp)
-        steps = terms.steps(reading.logp, path.reached, positive, groups, ids)
+        ids = halves.kept_ids(reading.logp)
+        steps = halves.steps(reading.logp, path.reached, positive, groups, ids)
         nulls = (
-            terms.representation_null(terms.project(along, positive, groups), split),
-            terms.token_null(steps, split),
+            halves.representation_null(halves.project(along, positive, groups), split),
+            halves.token_null(steps, split),
             terms.behaviour_null(reading.refused, positive, seed),
         )
         return cls(
             base, reference, contrast, groups, reading, path, direction, nulls, resamples, seed
         )
 
-    def measure(self, model: HookedModel, role: str = "drifted", label: str | None = None) -> Drift:
-        """The four terms of one checkpoint and what stands behind them."""
+    def measure(
+        self,
+        model: HookedModel,
+        role: str = "drifted",
+        label: str | None = None,
+        given: Reading | None = None,
+    ) -> Drift:
+        """The four terms of one checkpoint and what stands behind them; it is read unless that is
+        given."""
         model = prompted_as(model, self.reference, label)
         weights = compare_weights(self.base, self.reference, model)
-        other, _ = read(model, self.contrast, self.path)
+        other = given or read(model, self.contrast, self.path)[0]
         positive, options = self.contrast.positive, {"count": self.resamples, "seed": self.seed}
         change = (other.states - self.reading.states).double()
         along = torch.einsum("lpd,ld->lp", change, self.direction)
         size = min(self.reading.logp.shape[-1], other.logp.shape[-1])
         ours, theirs = self.reading.logp[..., :size], other.logp[..., :size]
-        ids = terms.kept_ids(ours, theirs)
+        ids = halves.kept_ids(ours, theirs)
         pair = [
-            terms.steps(logp, self.path.reached, positive, self.groups, ids)
+            halves.steps(logp, self.path.reached, positive, self.groups, ids)
             for logp in (ours, theirs)
         ]
         found = (
             terms.weight_term(
                 weights.dot, weights.update, weights.alignment, weights.size, **options
             ),
-            terms.representation_term(
-                terms.project(along, positive, self.groups), self.nulls[0], **options
+            halves.representation_term(
+                halves.project(along, positive, self.groups), self.nulls[0], **options
             ),
-            terms.token_term(pair[0], pair[1], self.nulls[1], **options),
+            halves.token_term(pair[0], pair[1], self.nulls[1], **options),
             terms.behaviour_term(
                 self.reading.refused, other.refused, positive, self.groups, self.nulls[2], **options
             ),
@@ -137,6 +147,7 @@ class Yardstick:
             role,
             found,
             self._details(weights, other, along, ours, theirs),
+            weights,
             torch.stack([along[:, chosen].mean(1) for chosen in (positive, ~positive)]).float(),
         )
 
@@ -151,7 +162,7 @@ class Yardstick:
             1
         ) / self.path.reached.sum(1)
         said: dict[str, tuple[float, float, float]] = {
-            "relative weight change": _exact(math.sqrt(update / weights.reference)),
+            "relative weight change": _exact(math.sqrt(update / float(weights.reference.sum()))),
             "weight change over alignment's": _exact(math.sqrt(update / alignment)),
             "share of the change in tensors alignment changed": _exact(
                 inside / update if update else 0.0
