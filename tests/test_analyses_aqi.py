@@ -158,6 +158,8 @@ def test_indices_of_one_statistic_agree_in_estimate_limits_and_claim() -> None:
     assert float(result.high[r, at["XBI"]]) == pytest.approx(1 / low, rel=1e-5)
     same = [at[name] for name in ("F", "F/(1+F)", "XBI", "CHI", "A", "A'")]
     assert set(result.claimed[:, same].sum(1).tolist()) == {0, len(same)}  # all of them or none
+    reached = result.null[r, :, 0].double().quantile(0.95, interpolation="higher")
+    assert float(result.null_95[r, at["XBI"]]) == pytest.approx(1 / float(reached), rel=1e-4)
     for name in ("Dunn", "B"):
         assert result.estimate[r, at[name]].isnan() and not result.claimed[:, at[name]].any()
         assert result.null[r, :, at[name]].isfinite().all()

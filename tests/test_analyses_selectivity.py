@@ -9,7 +9,7 @@ import pytest
 import tiny
 import tiny_lineage
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -99,12 +99,18 @@ def test_a_tied_embedding_is_edited_once(tmp_path: Path) -> None:
     assert energy == 1
     assert torch.allclose(off[5], torch.ones_like(off[5]))
     assert head.data_ptr() == edited.model.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
-    # and in a file that holds it twice
+    # and in shards of which one holds it again
     aligned.save_pretrained(tmp_path / "a")
-    base.save_pretrained(tmp_path / "b")
+    whole = load_file(tmp_path / "a" / "model.safetensors")
+    again = {"lm_head.weight": whole["model.embed_tokens.weight"].clone()}
+    save_file(again, tmp_path / "a" / "head.safetensors", metadata={"format": "pt"})
+    where = dict.fromkeys(whole, "model.safetensors") | dict.fromkeys(again, "head.safetensors")
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     written = write_edited(tmp_path / "a", V, V, None, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(written)
-    assert torch.allclose(loaded.lm_head.weight, head, atol=1e-6)
+    stored = [load_file(written / f"{name}.safetensors") for name in ("model", "head")]
+    for found in (stored[0]["model.embed_tokens.weight"], stored[1]["lm_head.weight"]):
+        assert torch.allclose(found, head, atol=1e-6)
 
 
 def test_shards_are_rewritten_as_the_model_in_memory_is(tmp_path: Path) -> None:

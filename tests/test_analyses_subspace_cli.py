@@ -138,7 +138,7 @@ def test_a_dry_run_loads_nothing(run: Run, files: Path) -> None:
         (("--only", "heads"), "--only heads: choose one of weights, activations, lens, erasure"),
         (("--only", "weights"), "give --tuned MODEL"),
         (("--write-edited", "x"), "--write-edited projects an update"),
-        (("--topics", 2), "--topics 2 and --texts 40: give at least 4 of each"),
+        (("--topics", 2), "--topics 2 and --texts 32: give at least 4 of each"),
         (("--prompts", "plain.jsonl"), "plain.jsonl holds plain prompts"),
         (("--prompts", "none.jsonl"), "no such prompt file"),
     ],

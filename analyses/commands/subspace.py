@@ -39,8 +39,8 @@ def subspace(
     prompts: Annotated[
         Path | None, typer.Option(help="Pairs (JSONL or CSV). Default: the shipped twins.")
     ] = None,
-    topics: Annotated[int, typer.Option(help="Training and test topics each, at most.")] = 60,
-    texts: Annotated[int, typer.Option(help="Unrelated texts of the lens.")] = 40,
+    topics: Annotated[int, typer.Option(help="Training and test topics each, at most.")] = 48,
+    texts: Annotated[int, typer.Option(help="Unrelated texts of the lens.")] = 32,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("alignlens-subspace"),
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     write_edited: Annotated[

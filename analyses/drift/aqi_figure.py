@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from analyses.drift.aqi_result import AQI
 
+MOST_BARS = 48
+"""More layer weights than this are drawn as points: bars would be too thin to tell apart."""
+
 SHOWN = {
     "F": "separation ratio F = D²/(W/N)",
     "F/(1+F)": "bounded separation F/(1+F), 0 to 1",
@@ -81,7 +84,10 @@ def draw_alpha(result: "AQI", ax: "Axes | None") -> "Axes":
             mean = alpha.mean(0)
             x = [layer + wide * (m - (len(result.models) - 1) / 2) for layer in layers]
             error = torch.stack([mean - alpha.amin(0), alpha.amax(0) - mean]).clamp(min=0)
-            hatch = ("", "//", "..", "xx", "\\\\", "++")[m % 6]
+            if len(layers) * len(result.models) > MOST_BARS:
+                look = figures.style(m)
+                ax.errorbar(x, mean.tolist(), error.tolist(), lw=0.8, label=model, **look)
+                continue
             ax.bar(
                 x,
                 mean.tolist(),
@@ -89,7 +95,7 @@ def draw_alpha(result: "AQI", ax: "Axes | None") -> "Axes":
                 yerr=error.tolist(),
                 label=model,
                 color=figures.style(m)["color"],
-                hatch=hatch,
+                hatch=("", "//", "..", "xx", "\\\\", "++")[m % 6],
                 edgecolor="white",
                 lw=0,
                 error_kw={"lw": 0.8},

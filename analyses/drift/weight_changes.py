@@ -59,24 +59,30 @@ class WeightChanges(Result):
     def by_layer(self) -> "pd.DataFrame":
         """One row per checkpoint and layer: change relative to the weights, cosine with the
         alignment matrix, and what a random update of the same norms reaches in 95 % of cases."""
-        table = self.frame().dropna(subset="layer")
-        rows = []
-        for (label, layer), part in table.groupby(["checkpoint", "layer"], sort=False):
-            moved, aligned = part["update"].sum(), part["alignment"].sum()
-            scale = (moved * aligned) ** 0.5
-            spread = (part["update"] * part["alignment"] / part["size"]).sum() ** 0.5
-            rows.append(
-                {
-                    "checkpoint": label,
-                    "layer": int(layer),
-                    "relative change": (moved / part["weights"].sum()) ** 0.5,
-                    "alignment, relative": (aligned / part["weights"].sum()) ** 0.5,
-                    "cosine": part["dot"].sum() / scale if scale else 0.0,
-                    "null_95": 1.96 * spread / scale if scale else 0.0,
-                }
-            )
         import pandas as pd
 
+        layers: dict[int, list[int]] = {}
+        for i, name in enumerate(self.tensors):
+            layer = place(name)[0]
+            if layer is not None:
+                layers.setdefault(layer, []).append(i)
+        rows = []
+        for m, label in enumerate(self.labels):
+            for layer, at in sorted(layers.items()):
+                moved, aligned = self.update[m, at], self.alignment[at]
+                weights = float(self.weights[at].sum())
+                scale = float((moved.sum() * aligned.sum()).sqrt())
+                spread = float((moved * aligned / self.size[at]).sum().sqrt())
+                rows.append(
+                    {
+                        "checkpoint": label,
+                        "layer": layer,
+                        "relative change": (float(moved.sum()) / weights) ** 0.5,
+                        "alignment, relative": (float(aligned.sum()) / weights) ** 0.5,
+                        "cosine": float(self.dot[m, at].sum()) / scale if scale else 0.0,
+                        "null_95": 1.96 * spread / scale if scale else 0.0,
+                    }
+                )
         return pd.DataFrame(rows)
 
     def frame(self) -> "pd.DataFrame":
@@ -106,13 +112,13 @@ class WeightChanges(Result):
         ax = figures.axes(ax, 5.0, 3.9)
         table = self.by_layer()
         with figures.theme():
-            first = table[table["checkpoint"] == self.labels[0]]
+            first = _columns(table, self.labels[0])
             name = f"{self.reference} from {self.base}"
             ax.plot(
                 first["layer"], first["alignment, relative"], color="#111111", ls="--", label=name
             )
             for i, label in enumerate(self.labels):
-                part = table[table["checkpoint"] == label]
+                part = _columns(table, label)
                 ax.plot(
                     part["layer"], part["relative change"], label=f"{label} from {self.reference}",
                     markevery=3, **figures.style(i),
@@ -131,14 +137,15 @@ class WeightChanges(Result):
         ax = figures.axes(ax, 5.0, 3.9)
         table = self.by_layer()
         with figures.theme():
-            null = table.groupby("layer", sort=True)["null_95"].max()
+            parts = [_columns(table, label) for label in self.labels]
+            null = [max(column) for column in zip(*(p["null_95"] for p in parts), strict=True)]
             ax.fill_between(
-                null.index, -null, null, color=figures.PALETTE[7], alpha=0.3, lw=0,
-                label="random updates of equal norm, 95 %",
+                parts[0]["layer"], [-x for x in null], null, color=figures.PALETTE[7], alpha=0.3,
+                lw=0, label="random updates of equal norm, 95 %",
             )  # fmt: skip
-            for i, label in enumerate(self.labels):
-                part = table[table["checkpoint"] == label]
-                ax.plot(part["layer"], part["cosine"], label=label, markevery=3, **figures.style(i))
+            for i, (label, part) in enumerate(zip(self.labels, parts, strict=True)):
+                look = figures.style(i)
+                ax.plot(part["layer"], part["cosine"], label=label, markevery=3, **look)
             ax.set(
                 xlabel="layer (0 is the first block)",
                 ylabel=broken("cosine of the update with the alignment matrix", 40),
@@ -156,3 +163,9 @@ class WeightChanges(Result):
                 f"{label} moved {float(size):.2%}, {float(back):.1%} of alignment taken back"
             )
         return f"weights against {self.reference}: " + "; ".join(said)
+
+
+def _columns(table: "pd.DataFrame", label: str) -> dict[str, list[float]]:
+    """The rows of one checkpoint."""
+    own = table[table["checkpoint"] == label]
+    return {name: own[name].tolist() for name in own.columns if name != "checkpoint"}

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from analyses.figures import legend_below
 from analyses.subspaces.eraser import Eraser, fit_leace, fit_mean_projection, random_eraser
-from probes import figures, splits
+from analyses.subspaces.erasure_figure import draw_erasure
+from probes import splits
 from probes.linear import fit_logistic_many
 from probes.moments import ClassMoments
 from probes.results import Result, check_finite
@@ -87,10 +87,11 @@ class Erasure(Result):
         """Whether more is left after LEACE than sampling leaves of a single shift: the interval
         lies above the 95th percentile of `residue`."""
         j = self.sites.index(site)
-        return bool(self.low[1, j] > self._residue[j])
+        return bool(self.low[1, j] > self.residue_high[j])
 
     @property
-    def _residue(self) -> Float[Tensor, " site"]:
+    def residue_high(self) -> Float[Tensor, " site"]:
+        """95th percentile of `residue`."""
         return self.residue.quantile(0.95, dim=0)
 
     def frame(self) -> "pd.DataFrame":
@@ -105,47 +106,13 @@ class Erasure(Result):
                 row |= {name: float(getattr(self, name)[i, j]) for name in names}
                 row["present"] = self.present(method, site)
                 row["random"] = float(self.random[:, j].mean())
-                row["residue"] = float(self._residue[j])
+                row["residue"] = float(self.residue_high[j])
                 rows.append(row)
         return pd.DataFrame(rows)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """AUROC by site for every method, with intervals, random erasure and the label null."""
-        ax = figures.axes(ax, 5.6, 4.2)  # room for a legend below
-        x = torch.arange(len(self.sites)).double()
-        with figures.theme():
-            for i, method in enumerate(self.methods):
-                at = x + 0.1 * (i - (len(self.methods) - 1) / 2)
-                y = self.auroc[i]
-                error = torch.stack([y - self.low[i], self.high[i] - y]).clamp_min(0)
-                ax.errorbar(
-                    at.numpy(), y.numpy(), yerr=error.numpy(), capsize=2, lw=1, label=method,
-                    **figures.style(i),
-                )  # fmt: skip
-            band = self.random.double().quantile(torch.tensor([0.0, 1.0]).double(), dim=0)
-            ax.fill_between(
-                x.numpy(), band[0].numpy(), band[1].numpy(), alpha=0.25, lw=0,
-                color=figures.PALETTE[7], label=f"random subspace, {len(self.random)} draws",
-            )  # fmt: skip
-            dark, null, left = figures.PALETTE[6], self.null.amax(0), self._residue
-            ax.plot(
-                x.numpy(),
-                left.numpy(),
-                ls="--",
-                color=dark,
-                lw=1,
-                label="what sampling leaves, 95 %",
-            )
-            ax.plot(x.numpy(), null.numpy(), ls=":", color=dark, label="shuffled labels, 95 %")
-            ax.axhline(0.5, color=dark, lw=0.8)
-            ax.set_xticks(range(len(self.sites)), [s.partition(".")[0] for s in self.sites])
-            ax.set(
-                xlabel="layer (0 is the first block)",
-                ylabel="AUROC of a fresh probe (test topics)",
-                title=f"Is it still there? {self.model}",
-            )
-            legend_below(ax, "erased with, 95 % interval over topics")
-        return ax
+        """AUROC by site for every method, with intervals, random erasure and both nulls."""
+        return draw_erasure(self, ax)
 
     def __str__(self) -> str:
         best = int(self.auroc[0].argmax())
@@ -153,7 +120,7 @@ class Erasure(Result):
         left = sum(self.left(site) for site in self.sites)
         return (
             f"erasure in {self.model} at {self.sites[best]}, AUROC of a fresh probe after erasing "
-            f"{', '.join(said)}; sampling alone leaves up to {float(self._residue[best]):.2f}; "
+            f"{', '.join(said)}; sampling alone leaves up to {float(self.residue_high[best]):.2f}; "
             f"LEACE leaves more than that at {left} of {len(self.sites)} sites"
         )
 
@@ -224,7 +191,7 @@ def measure_erasure(
             )  # fmt: skip
             fits = fit_logistic_many(erased[probe], shuffles[: len(probe)])
             chance = _tied(erased[test] @ fits.weight + fits.bias)
-            null = auroc(chance, shuffles[len(probe) :]) * 0 + 0.95
+            null = auroc(chance, shuffles[len(probe) :])
             again = _auroc(erased, labels, train, test)
             taken = (erased[test] - x[test].double()).square().sum() / centred.square().sum()
             values = (limits.value, limits.low, limits.high, null.quantile(0.95), again, taken)

@@ -216,7 +216,7 @@ def _jackknife(
         dtype=torch.float64,
     )
     g = len(groups)
-    spread = 1.96 * (1 / g * (left - left.mean(0)).square().sum(0)).sqrt()
+    spread = 1.96 * ((g - 1) / g * (left - left.mean(0)).square().sum(0)).sqrt()
     value = torch.tensor(list(statistic(everyone)), dtype=torch.float64)
     return torch.stack([value, value - spread, value + spread], 1)
 
