@@ -16,7 +16,7 @@ from torch import Tensor
 from probes.engines import Edit, Where
 from probes.model import HookedModel
 from probes.moments import ClassMoments, Label, Shrinkage, shrink
-from probes.results import Result, check_finite
+from probes.results import Record, Result, check_finite
 from probes.sites import Site
 
 if TYPE_CHECKING:
@@ -105,13 +105,19 @@ class Eraser(Result):
             )
 
 
-def fit_leace(moments: ClassMoments, *, shrinkage: Shrinkage = 0.0, site: str = "") -> Eraser:
+def fit_leace(
+    moments: ClassMoments,
+    *,
+    shrinkage: Shrinkage = 0.0,
+    site: str = "",
+    record: Record | None = None,
+) -> Eraser:
     """LEACE from class moments: `x - W^+ U U' W (x - mean)`, with W the inverse square root of the
     covariance of all rows and U an orthonormal basis of `W Sigma_xz`, z one-hot (theorem 4.3).
 
     Any `shrinkage` makes the class means equal all the same; what is then smallest is the change
     in the shrunk metric. Where rows are fewer than dimensions, what lies outside their span is
-    left as it is without shrinkage.
+    left as it is without shrinkage. `record` is that of the capture.
     """
     cross, mean = _cross(moments)
     total = moments.total()
@@ -130,10 +136,13 @@ def fit_leace(moments: ClassMoments, *, shrinkage: Shrinkage = 0.0, site: str = 
         kind=kind,
         n=total.count,
         site=site,
+        record=record or Record(),
     )
 
 
-def fit_mean_projection(moments: ClassMoments, *, site: str = "") -> Eraser:
+def fit_mean_projection(
+    moments: ClassMoments, *, site: str = "", record: Record | None = None
+) -> Eraser:
     """The orthogonal projection off the span of the differences of class means, about the mean.
 
     It makes the class means equal as well, and changes activations more than it must.
@@ -142,18 +151,23 @@ def fit_mean_projection(moments: ClassMoments, *, site: str = "") -> Eraser:
     spread = moments.total().scatter.diagonal().sum().sqrt()
     U, sizes, _ = torch.linalg.svd(cross, full_matrices=False)
     basis = U[:, sizes > 1e-12 * spread].T.contiguous()
-    return Eraser(basis, basis.clone(), mean, "mean difference", moments.count, site)
+    own = record or Record()
+    return Eraser(basis, basis.clone(), mean, "mean difference", moments.count, site, record=own)
 
 
 def random_eraser(
-    mean: Float[Tensor, " d_model"], rank: int, generator: torch.Generator, *, n: int = 0
+    mean: Float[Tensor, " d_model"],
+    rank: int,
+    generator: torch.Generator,
+    *,
+    record: Record | None = None,
 ) -> Eraser:
     """The orthogonal projection off a random subspace of this rank: what erasing at all does."""
     if not 0 <= rank <= len(mean):
         raise ValueError(f"rank {rank} was asked of width {len(mean)}: ask for 0 to all")
     drawn = torch.randn(len(mean), rank, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(drawn).Q.T.contiguous()
-    return Eraser(basis, basis.clone(), mean.double(), "random", n)
+    return Eraser(basis, basis.clone(), mean.double(), "random", 0, record=record or Record())
 
 
 def _cross(moments: ClassMoments) -> tuple[Float[Tensor, "d_model label"], Tensor]:

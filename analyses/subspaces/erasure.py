@@ -22,7 +22,7 @@ from analyses.subspaces.erasure_figure import draw_erasure
 from probes import splits
 from probes.linear import fit_logistic_many
 from probes.moments import ClassMoments
-from probes.results import Result, check_finite
+from probes.results import Record, Result, check_finite
 from probes.scores import auroc, auroc_interval
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def measure_erasure(
     asked = torch.cat([probe, test])
     shuffles = splits.shuffled(labels[asked], _of(topics, asked), permutations, generator)
     tested = _of(topics, test)
+    record = Record()  # one for all that is fitted: its versions take a while to look up
     known = sorted(set(_of(topics, train)))
     order = torch.randperm(len(known), generator=generator)[: (len(known) + 1) // 2]
     kept = {known[i] for i in order.tolist()}
@@ -173,13 +174,13 @@ def measure_erasure(
         if len(x) != len(labels):
             raise ValueError(f"{len(x)} rows came with {len(labels)} labels: give one for each")
         moments = ClassMoments({}).update(x[train], labels[train])
-        leace = fit_leace(moments)
+        leace = fit_leace(moments, record=record)
         erasers = (
             None,
             leace,
-            fit_leace(ClassMoments({}).update(x[half], labels[half])),
-            fit_leace(moments, shrinkage="ledoit-wolf"),
-            fit_mean_projection(moments),
+            fit_leace(ClassMoments({}).update(x[half], labels[half]), record=record),
+            fit_leace(moments, shrinkage="ledoit-wolf", record=record),
+            fit_mean_projection(moments, record=record),
         )
         centred = x[test].double() - leace.mean
         for i, eraser in enumerate(erasers):  # as in METHODS
@@ -198,14 +199,17 @@ def measure_erasure(
             for name, value in zip(names, values, strict=True):
                 found[name][i].append(float(value))
         whole = x.double()
-        drawn = [random_eraser(leace.mean, leace.rank, generator)(whole) for _ in range(draws)]
-        random.append([_auroc(rows, labels, probe, test) for rows in drawn])
+        erased_at_random = (
+            random_eraser(leace.mean, leace.rank, generator, record=record) for _ in range(draws)
+        )
+        random.append([_auroc(one(whole), labels, probe, test) for one in erased_at_random])
         means = _means(whole, labels, kinds, train)
         left = []
         for _ in range(draws):
             sign = torch.randint(2, (len(set(topics)),), generator=generator).double() * 2 - 1
             mirrored = means + sign[numbers, None] * (whole - means)
-            again = fit_leace(ClassMoments({}).update(mirrored[train], labels[train]))
+            own = ClassMoments({}).update(mirrored[train], labels[train])
+            again = fit_leace(own, record=record)
             left.append(_auroc(again(mirrored), labels, probe, test))
         residue.append(left)
     tensors = {name: torch.tensor(rows, dtype=torch.float32) for name, rows in found.items()}

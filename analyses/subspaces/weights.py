@@ -209,10 +209,10 @@ def weight_overlap(
     Vectors count as one column, so theirs is the squared cosine; trailing axes of other tensors are
     flattened. `method` says how large matrices are decomposed (`svd.left_svd`).
 
-    X and Y should have no checkpoint in common with opposite signs: tuned - aligned and aligned -
-    base have, so a tuning that undoes V overlaps with it, and the difference of two seeds does by
-    construction. Chance here is that of uniformly random subspaces, which is mild: any two
-    trainings of one model share directions, so hold an unrelated update beside them.
+    Overlap has no sign: a tuning that undoes V = aligned - base overlaps with it as one that goes
+    on, and another seed minus aligned holds -V by construction. Chance here is that of uniformly
+    random subspaces, which is mild: any two trainings of one model share directions, so hold an
+    unrelated update beside them.
     """
     if not energies or not all(0 < e <= 1 for e in energies):
         raise ValueError(
