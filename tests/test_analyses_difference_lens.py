@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from analyses.subspaces.difference_lens import DifferenceLens, measure_difference
-from analyses.subspaces.difference_reading import Reader, half_cosine, relative_norm
+from analyses.subspaces.difference_reading import (
+    Reader,
+    beginnings,
+    half_cosine,
+    relative_norm,
+    without_template,
+)
 from analyses.subspaces.difference_steering import SteeredByDifference, steer_by_difference
 from probes import HookedModel, datasets
 from probes.unembed import unembedding
@@ -101,6 +107,19 @@ def test_the_difference_is_that_of_plain_forward_passes() -> None:
     assert torch.allclose(found.difference[0].double(), sums / len(TEXTS), atol=1e-5)
     expected = sums.norm(dim=-1) / norms
     assert torch.allclose(found.relative[0, :, 0].double(), expected, rtol=1e-4)
+
+
+def test_texts_are_read_no_further_than_needed() -> None:
+    template = without_template(reference()).template
+    long = " ".join(f"w{i}" for i in range(60))
+    (cut,) = beginnings(template, [long], 3)
+    assert len(cut.split()) == 12
+    assert template.render(cut).ids[:3] == template.render(long).ids[:3]
+    a, b = tiny_lineage.hooked("a"), tiny_lineage.hooked("b", 0, seed=1)
+    texts = [f"{t} {long}" for t in TEXTS[:6]]
+    whole = measure_difference(a, b, texts, positions=3)
+    short = measure_difference(a, b, [" ".join(t.split()[:12]) for t in texts], positions=3)
+    assert torch.allclose(whole.difference, short.difference, atol=1e-6)
 
 
 def test_halves_of_noise_agree_no_more_than_their_null() -> None:

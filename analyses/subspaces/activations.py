@@ -191,16 +191,16 @@ def measure_overlap(
     for layer in range(n_layers):
         rows = joint({Side(m, s): activations[m][s][layer] for m in models for s in names})
         for form in range(2):
-            made = Spans(rows, bool(form))
+            made = Spans(rows, bool(form), etas)
             for c, (a, b) in enumerate(comparisons):
                 x, y = activations[a.model][a.prompts], activations[b.model][b.prompts]
                 same = torch.equal(x[layer], y[layer]) if x.shape == y.shape else False
                 unchanged[c, layer] = same
                 whole = made.of(a), made.of(b)
-                drawn = made.splits(a, b, halves, sizes[c], etas)
-                for e, eta in enumerate(etas):
+                drawn = made.splits(a, b, halves, sizes[c])
+                for e in range(len(etas)):
                     at = (c, form, layer, e)
-                    Q = [span.at(eta) for span in whole]
+                    Q = [span.at(e) for span in whole]
                     sides = Q[0].shape[1], Q[1].shape[1]
                     k[at] = torch.tensor(sides)
                     chance = bases.overlap_null(*sides, width)

@@ -20,6 +20,7 @@ from analyses.subspaces.activations_figure import whole_layers
 from analyses.subspaces.difference_reading import (
     REFUSAL_WORDS,
     Reader,
+    beginnings,
     half_cosine,
     relative_norm,
     without_template,
@@ -212,7 +213,8 @@ def measure_difference(
             f"{len(short)} texts have fewer than {positions} tokens, the first {short[0].text!r}"
             if short else f"{positions} positions were asked: give 1 or more"
         )  # fmt: skip
-    acts = [capture(m, list(texts), sites, f"tokens:0:{positions}", progress=False) for m in plain]
+    read_texts = beginnings(plain[0].template, texts, positions)
+    acts = [capture(m, read_texts, sites, f"tokens:0:{positions}", progress=False) for m in plain]
     generator = torch.Generator().manual_seed(seed)
     half = torch.rand(max(20, draws), len(texts), generator=generator).argsort(1) < len(texts) // 2
     drawn = torch.randint(len(texts), (resamples, len(texts)), generator=generator)
@@ -272,7 +274,7 @@ def measure_difference(
             models=(model.name, reference.name),
             fingerprints=(model.fingerprint, reference.fingerprint),
             template_hash=plain[0].template.hash,
-            prompts_hash=prompts_hash(plain[0].template.render_all(list(texts))),
+            prompts_hash=prompts_hash(plain[0].template.render_all(read_texts)),
             seeds=(seed,),
             dtype=str(model.dtype).removeprefix("torch."),
             engine=model.engine.name,

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.model import HookedModel
-from probes.prompts import NO_TEMPLATE, choose_template
+from probes.prompts import NO_TEMPLATE, Template, choose_template
 from probes.scores import bca
 from probes.unembed import unembedding
 
@@ -59,6 +59,17 @@ def without_template(model: HookedModel, tokens: HookedModel | None = None) -> H
     found.template = choose_template(  # pyright: ignore[reportAttributeAccessIssue]
         found.tokenizer, model.name, NO_TEMPLATE, None, model.context_length
     )
+    return found
+
+
+def beginnings(template: Template, texts: Sequence[str], positions: int) -> list[str]:
+    """The first words of each text, enough that its first tokens are the same: later tokens change
+    nothing before them, and need not be read."""
+    found = []
+    for text in texts:
+        start = " ".join(text.split(" ")[: 3 * positions + 3])
+        same = template.render(start).ids[:positions] == template.render(text).ids[:positions]
+        found.append(start if same else text)
     return found
 
 

@@ -21,30 +21,35 @@ class Side(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Singular directions of some rows, strongest first, and their singular values."""
+    """Singular directions of some rows, strongest first."""
 
     axes: Float[Tensor, "d k"]
-    values: Float[Tensor, " k"]
+    ranks: tuple[int, ...]
+    """How many of them hold each share of the energy."""
 
-    def at(self, eta: float) -> Float[Tensor, "d k"]:
-        """The fewest that hold this share of the energy."""
-        return self.axes[:, : bases.energy_rank(self.values, eta)]
+    def at(self, e: int) -> Float[Tensor, "d k"]:
+        """The fewest that hold the e-th share of the energy."""
+        return self.axes[:, : self.ranks[e]]
 
-    def overlaps(self, other: "Span", etas: Sequence[float]) -> list[float]:
+    def overlaps(self, other: "Span") -> list[float]:
         """`bases.mode_overlap` of both at every share of the energy, from one product."""
         squares = (self.axes.T @ other.axes).square()
-        found = []
-        for eta in etas:
-            k, m = (bases.energy_rank(span.values, eta) for span in (self, other))
-            found.append(min(1.0, float(squares[:k, :m].sum()) / min(k, m)))
-        return found
+        return [
+            min(1.0, float(squares[:k, :m].sum()) / min(k, m))
+            for k, m in zip(self.ranks, other.ranks, strict=True)
+        ]
 
 
 class Spans:
     """Singular directions of the rows of one layer; each asked for is computed once."""
 
-    def __init__(self, rows: Mapping[Side, Float[Tensor, "prompt rank"]], centred: bool) -> None:
-        self.rows, self.centred = rows, centred
+    def __init__(
+        self,
+        rows: Mapping[Side, Float[Tensor, "_prompt rank"]],
+        centred: bool,
+        etas: Sequence[float],
+    ) -> None:
+        self.rows, self.centred, self.etas = rows, centred, etas
         self._known: dict[tuple, Span] = {}
 
     def of(self, side: Side, rows: Tensor | None = None) -> Span:
@@ -58,23 +63,25 @@ class Spans:
                     f"the {len(x)} activations of {side.prompts} in {side.model} are all the same: "
                     "a centred subspace needs prompts that differ"
                 )
-            self._known[key] = Span(*bases.thin_svd(x.T))
+            axes, values = bases.thin_svd(x.T)
+            ranks = tuple(bases.energy_rank(values, eta) for eta in self.etas)
+            self._known[key] = Span(axes, ranks)
         return self._known[key]
 
     def splits(
-        self, a: Side, b: Side, halves: Halves, size: int, etas: Sequence[float]
+        self, a: Side, b: Side, halves: Halves, size: int
     ) -> list[tuple[list[float], list[float]]]:
         """For each eta the overlaps between the sides and those within one, over the splits.
 
         `size` rows of each half are used. A half of one side meets the half of *other* topics of
         the other side, as two halves of one side do.
         """
-        found: list[tuple[list[float], list[float]]] = [([], []) for _ in etas]
+        found: list[tuple[list[float], list[float]]] = [([], []) for _ in self.etas]
         for one, two in zip(halves[a.prompts], halves[b.prompts], strict=True):
             spans = [self.of(a, h[:size]) for h in one] + [self.of(b, h[:size]) for h in two]
             A1, A2, B1, B2 = spans
             for pair, place in (((A1, B2), 0), ((A2, B1), 0), ((A1, A2), 1), ((B1, B2), 1)):
-                for e, value in enumerate(pair[0].overlaps(pair[1], etas)):
+                for e, value in enumerate(pair[0].overlaps(pair[1])):
                     found[e][place].append(value)
         return found
 
