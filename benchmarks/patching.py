@@ -11,8 +11,9 @@ a hook that writes the head's values at every token, and asks the model for the 
 only; the lens loop does the same through a TransformerLens bridge. Values are read once for all
 tools and not counted, and neither are the two passes a map needs for them.
 
-The maps are not run whole: a few layers are measured, one head each, rounds of all tools
-alternating, and seconds a head are interpolated between those layers and summed over 30 x 9 heads.
+The maps are not run whole: a few layers are measured, all heads of them by alignlens, which runs
+heads together, and one by the loops; rounds of all tools alternate, and seconds a layer are
+interpolated between those measured and summed over 30 layers.
 The ratio, plain loop over ours, is formed in each round; printed is its median with the range.
 """
 
@@ -43,7 +44,8 @@ def main() -> None:
         found: dict[str, list[float]] = {tool: [] for tool in tools}
         for _ in range(rounds):
             for tool, run in tools.items():
-                found[tool].append(whole_map([seconds(run, layer) for layer in LAYERS]))
+                each = 1 if tool == "alignlens" else HEADS
+                found[tool].append(whole_map([each * seconds(run, layer) for layer in LAYERS]))
         for tool, totals in found.items():
             ratios = sorted(p / t for p, t in zip(found["plain loop"], totals, strict=True))
             said = f"{ratios[len(ratios) // 2]:.1f} [{ratios[0]:.1f}, {ratios[-1]:.1f}]"
@@ -57,17 +59,17 @@ def seconds(run: Callable[[int], object], layer: int) -> float:
 
 
 def whole_map(measured: list[float]) -> float:
-    """Seconds of all layers and heads from those of one head in a few layers."""
+    """Seconds of all layers from those of a few."""
     total = 0.0
     for layer in range(LAYERS[-1] + 1):
         k = max(i for i, known in enumerate(LAYERS[:-1]) if known <= layer)
         share = (layer - LAYERS[k]) / (LAYERS[k + 1] - LAYERS[k])
-        total += HEADS * ((1 - share) * measured[k] + share * measured[k + 1])
+        total += (1 - share) * measured[k] + share * measured[k + 1]
     return total
 
 
 def tasks() -> dict[str, dict[str, Callable[[int], object]]]:
-    """By source: tools, each a function that patches one head of a layer."""
+    """By source: tools, each a function that patches heads of a layer and gives head 4's logits."""
     from probes import HookedModel, datasets
 
     mixed = HookedModel.load("builtin:mixed", device="cpu")
@@ -95,13 +97,15 @@ def task(
     from probes.sites import Site
 
     patcher = Patcher(target, prompts, From(model=source), batch_size=PROMPTS)
-    cells = {layer: Cell((Site(layer, "head_out", 4),)) for layer in LAYERS}
-    held = patcher._load(list(cells.values()))
+    cells = {
+        layer: [Cell((Site(layer, "head_out", head),)) for head in range(HEADS)] for layer in LAYERS
+    }
+    held = patcher._load([cell for row in cells.values() for cell in row])
     assert patcher.runs.resume
     assert not patcher.notes
 
     def ours(layer: int) -> torch.Tensor:
-        return next(iter(patcher._run([cells[layer]], held)))
+        return list(patcher._run(cells[layer], held))[4]
 
     rendered = target.template.render_all(prompts)
     batch = target.batch(rendered)

@@ -119,10 +119,14 @@ def test_an_edited_model_is_written(run: Run, files: Path) -> None:
 
 
 def test_identical_models_are_said(run: Run, files: Path) -> None:
-    code, said = run("base", "base", "--only", "lens", *SMALL, "--out", "same")
+    code, said = run(
+        "base", "base", "--only", "lens", "--words", "w1 w2", *SMALL, "--out", "same"
+    )  # fmt: skip
     assert code == 0, said
     assert "the models are identical, every difference is exactly zero" in said
     assert not (files / "same" / "lens-steered").exists()
+    (folder,) = (files / "same").glob("lens-*")
+    assert DifferenceLens.load(folder).words == ("w1", "w2")
 
 
 def test_a_dry_run_loads_nothing(run: Run, files: Path) -> None:
@@ -139,6 +143,7 @@ def test_a_dry_run_loads_nothing(run: Run, files: Path) -> None:
         (("--only", "weights"), "give --tuned MODEL"),
         (("--write-edited", "x"), "--write-edited projects an update"),
         (("--topics", 2), "--topics 2 and --texts 32: give at least 4 of each"),
+        (("--words", " "), "--words is empty"),
         (("--prompts", "plain.jsonl"), "plain.jsonl holds plain prompts"),
         (("--prompts", "none.jsonl"), "no such prompt file"),
     ],

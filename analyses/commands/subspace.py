@@ -41,6 +41,10 @@ def subspace(
     ] = None,
     topics: Annotated[int, typer.Option(help="Training and test topics each, at most.")] = 48,
     texts: Annotated[int, typer.Option(help="Unrelated texts of the lens.")] = 32,
+    words: Annotated[
+        str | None,
+        typer.Option(help="Words the lens counts, separated by blanks. Default: of refusals."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("alignlens-subspace"),
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     write_edited: Annotated[
@@ -70,6 +74,8 @@ def subspace(
         raise ValueError(f"--only {only}: choose one of {', '.join(ONLY)}")
     if topics < 4 or texts < 4:
         raise ValueError(f"--topics {topics} and --texts {texts}: give at least 4 of each")
+    if words is not None and not words.split():
+        raise ValueError("--words is empty: give words, or leave it out for those of refusals")
     own = (base, aligned) == BUILTIN
     others = list(tuned) if tuned else list(TUNED if own else ())
     again = again or (AGAIN if own else None)
@@ -114,7 +120,8 @@ def subspace(
                 found += panels.erasure_panels(lineage, seed, say)
         if "lens" in wanted:
             repeated = panels.repeated(loaded, again, engine=engine, dtype=dtype)
-            found += panels.lens_panels(loaded, repeated, size, seed, say)
+            counted = None if words is None else words.split()
+            found += panels.lens_panels(loaded, repeated, size, seed, say, counted)
     if write_edited is not None:
         from analyses.subspaces.deltas import difference
         from analyses.subspaces.edited import Projected

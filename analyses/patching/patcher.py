@@ -17,6 +17,9 @@ from probes.prompts import prompts_hash
 from probes.results import Record
 from probes.sites import Site, Sites
 
+TOGETHER = 16
+"""Most cells whose logits are held at a time."""
+
 HELD = 2**30
 """Bytes of activations held at a time; with more, cells run in several portions."""
 
@@ -172,8 +175,8 @@ class Patcher(Prepared):
         return portions
 
     def _run(self, cells: Sequence[Cell], held: Held):
-        """Logits of each cell in turn; small prompt sets run several cells a pass."""
-        together = max(1, self.batch_size // len(self.ids))
+        """Logits of each cell in turn; several cells run together where their rows fit."""
+        together = max(1, min(TOGETHER, self.batch_size // min(map(len, self.runs.chunks))))
         firsts = [self._first(cell, held) for cell in cells]
         same = self.target_logits
         # cells of one pass start at one layer
@@ -201,18 +204,18 @@ class Patcher(Prepared):
         found = [torch.empty_like(self.target_logits) for _ in cells]
         prefixes = {}
         for chunk in self.runs.chunks:
-            jobs = [
-                Job(i, n, self._writes(cell, i, held, first))
-                for n, cell in enumerate(cells)
-                for i in chunk
-            ]
-            got = self.runs.logits(jobs, first, held.entering.get(first), prefixes=prefixes)
-            for n, cell in enumerate(cells):
-                rows = got[n * len(chunk) : (n + 1) * len(chunk)]
-                for i, row in zip(chunk, rows, strict=True):
+            at_once = max(1, self.batch_size // len(chunk))
+            for start in range(0, len(cells), at_once):
+                some = range(start, min(start + at_once, len(cells)))
+                jobs = [
+                    Job(i, n, self._writes(cells[n], i, held, first)) for n in some for i in chunk
+                ]
+                got = self.runs.logits(jobs, first, held.entering.get(first), prefixes=prefixes)
+                for job, row in zip(jobs, got, strict=True):
+                    cell, i = cells[job.patch], job.prompt
                     changed = any(self._differs(site, cell, i, held) for site in cell.sites)
                     # a batch of another size may round otherwise: no change is no change
-                    found[n][i] = row if changed else self.target_logits[i]
+                    found[job.patch][i] = row if changed else self.target_logits[i]
         return found
 
 

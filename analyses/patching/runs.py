@@ -25,6 +25,9 @@ from steering.replay import Pass
 ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative error of a logit vector for a shortened pass; 0.05 in half precision."""
 
+PADDING = 0.05
+"""Pads a batch may hold, as a share of its real tokens."""
+
 
 @dataclass(frozen=True)
 class Write:
@@ -75,8 +78,7 @@ class Runs:
             raise ValueError(f"the {model.engine.name} engine makes whole passes only")
         self.model, self.ids, self.shared, self.rows = model, [tuple(i) for i in ids], shared, rows
         self.resume = resume
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        self.chunks = [order[k : k + rows] for k in range(0, len(order), rows)]
+        self.chunks = _chunks([len(i) - shared for i in ids], rows)
         self._pass = Pass(model) if resume else None
         self._clean: Prefix | None = None
 
@@ -269,6 +271,19 @@ def _stacked(layers: Sequence[Any]) -> Any:
     joined.keys = torch.cat([layer.keys for layer in layers])
     joined.values = torch.cat([layer.values for layer in layers])
     return joined
+
+
+def _chunks(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Prompts in batches of nearly one length: other patches fill a small batch, pads would not."""
+    found: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        own = [*found[-1], i] if found else []
+        real = sum(lengths[k] for k in own)
+        if not own or len(own) > rows or len(own) * lengths[i] - real > PADDING * real:
+            found.append([i])
+        else:
+            found[-1] = own
+    return found
 
 
 def common(ids: Sequence[Sequence[int]]) -> int:

@@ -150,8 +150,9 @@ class DifferenceLens(Result):
                 label=f"{len(null)} random directions, 95 %",
             )  # fmt: skip
             ax.plot(x, null.mean(0).numpy(), ls="--", lw=1, color=dark, label="their mean")
+            highest = max(0.1, 1.15 * float(torch.maximum(mean, null.quantile(0.95, dim=0)).max()))
             ax.set(
-                ylim=(-0.02, 1.02),
+                ylim=(-0.02 * highest, highest),
                 xlabel="layer (0 is the first block)",
                 ylabel=f"share of the top {self.top} tokens in the list",
                 title=broken("What the difference says, mean over positions"),

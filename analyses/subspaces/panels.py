@@ -14,6 +14,7 @@ from analyses.report import contrast_parts
 from analyses.subspaces.activations import measure_overlap
 from analyses.subspaces.concept import measure_concept
 from analyses.subspaces.difference_lens import measure_difference
+from analyses.subspaces.difference_reading import REFUSAL_WORDS
 from analyses.subspaces.difference_steering import steer_by_difference
 from analyses.subspaces.erasure import measure_erasure
 from analyses.subspaces.geometry import measure_geometry
@@ -198,12 +199,18 @@ def erasure_panels(lineage: Lineage, seed: int, say: Say) -> list[Panel]:
 
 
 def lens_panels(
-    loaded: Checkpoints, again: HookedModel | None, size: Size, seed: int, say: Say
+    loaded: Checkpoints,
+    again: HookedModel | None,
+    size: Size,
+    seed: int,
+    say: Say,
+    words: Sequence[str] | None = None,
 ) -> list[Panel]:
     """The difference lens of the aligned model and of each drifted one, the same of a repeated
     training where there is one, and the base model steered by the first difference."""
     aligned, base = loaded.aligned, loaded.base
     texts = datasets.paragraphs()[: size.texts]
+    words = REFUSAL_WORDS if words is None else words
     layers = spaced(aligned.n_layers)
     pairs = [(aligned, base), *((item.model, aligned) for item in loaded.drifted)]
     if again is not None:
@@ -211,7 +218,7 @@ def lens_panels(
     panels, first = [], None
     for model, reference in pairs:
         say(f"difference lens {model.label} - {reference.label}")
-        found = measure_difference(model, reference, texts, layers=layers, seed=seed)
+        found = measure_difference(model, reference, texts, layers=layers, words=words, seed=seed)
         first = first or found
         name = "lens-" + ("seed-" if model is again else "") + model.label
         panels.append(Panel(name, found, {"difference": found.plot(), "words": found.plot_share()}))
@@ -221,7 +228,7 @@ def lens_panels(
         say(f"steering {base.label} by the difference")
         steered = steer_by_difference(
             base, first, datasets.general("validation")[: size.asked], layer=where,
-            strengths=(0.0, 4.0, 16.0), max_new_tokens=10, seed=seed,
+            strengths=(0.0, 4.0, 16.0), words=words, max_new_tokens=10, seed=seed,
         )  # fmt: skip
         panels.append(Panel("lens-steered", steered, {"steered": steered.plot()}))
     return panels
