@@ -10,7 +10,7 @@ def sentences(report: Report) -> list[str]:
     said = [_refusals(report), _shift(report), _probe(report), _where(report)]
     if len(report.refusals.models) > 2:
         said.append(_drift(report))
-    said.append(_steering(report))
+    said.append(steering_sentence(report))
     if report.drift is not None and "drifted" in report.drift[0].roles:
         said.append(_ledger(report.drift[0]))
     return said
@@ -123,7 +123,8 @@ def _ledger(ledger: DriftLedger) -> str:
     )
 
 
-def _steering(report: Report) -> str:
+def steering_sentence(report: Report) -> str:
+    """What the class direction does, and whether that is beyond random directions."""
     steering, negative = report.steering, report.classes[1]
     row = len(steering.cells) - 1
     change, low, high = (float(x[row, 0]) for x in (steering.change, steering.low, steering.high))

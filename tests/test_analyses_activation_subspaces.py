@@ -29,7 +29,8 @@ AXES = torch.eye(WIDTH)
 
 
 def overlap(sets: dict[str, dict[str, Tensor]], **options: Any) -> SubspaceOverlap:
-    return measure_overlap(sets, **({"etas": (0.5, 0.95)} | options))
+    given: dict[str, Any] = {"etas": (0.5, 0.95)} | options
+    return measure_overlap(sets, **given)
 
 
 def test_the_same_prompts_overlap_exactly() -> None:

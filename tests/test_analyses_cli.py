@@ -194,7 +194,8 @@ def test_report_of_two_folders(files: Path, run: Run) -> None:
     result = json.loads(said.out)
     assert result == json.loads((files / "reported" / "result.json").read_text())
     assert (files / "reported" / "report.html").is_file()
-    assert {row["model"] for row in result["table"]} == {"first", "second"}
+    measured = {row["model"] for row in result["table"]}
+    assert measured == {"first", "second", "second, bf16", "second, int8"}  # two round trips
     assert result["base_context"] == "same"
     assert "token shift" in said.err  # progress, apart from the numbers
 

@@ -136,6 +136,21 @@ def test_a_map_is_its_patches_one_by_one(tmp_path: Path) -> None:
     assert "%" in ax.figure.axes[1].get_ylabel()
 
 
+def test_prompts_of_other_lengths_serve_the_null_as_far_as_they_go() -> None:
+    model, source = tiny_lineage.hooked("target"), tiny_lineage.hooked("source", 1, seed=2)
+    prompts = ["w1 w2", "w3 w4 w5", "w6 w7 w8 w9", "w1 w2 w3 w4 w5 w6"]
+    found = patch_map(
+        model, prompts, From(model=source), "kl", "positions", part="resid_post",
+        columns=["content", "last"], draws=6, progress=False,
+    )  # fmt: skip
+    assert len(found.null_change) == 6 and found.null_change.ne(0).all()
+    drawn = Patcher(model, prompts, Resampled(From(model=source))).alignment
+    for t, s, j in zip(drawn.target, drawn.source, drawn.partner, strict=True):
+        assert len(t) == len(s) == min(len(t), len(model.template.render(prompts[j]).ids))
+        # the template before and behind the request stands at both ends
+        assert (t[0], s[0]) == (0, 0) and s[-1] == len(model.template.render(prompts[j]).ids) - 1
+
+
 def test_a_stopped_map_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, source = tiny_lineage.hooked("target"), tiny_lineage.hooked("source", 1, seed=2)
     want = patch_map(model, CLEAN, From(model=source), METRIC, draws=0, progress=False)

@@ -132,7 +132,7 @@ def test_prompts_are_text_and_nothing_runs_or_is_loaded(view: tuple[Any, list]) 
     assert '<img src=x onerror="alert(2)">' in shown
     assert LONG in shown
     assert window.locator("script").count() == 0
-    assert window.locator("img").count() == 6
+    assert window.locator("img").count() == 8
     assert heard
     assert {url.partition(":")[0] for url in heard} <= {"file", "data"}
 
@@ -141,11 +141,11 @@ def test_prompts_are_text_and_nothing_runs_or_is_loaded(view: tuple[Any, list]) 
 def test_every_figure_is_there(view: tuple[Any, list]) -> None:
     window, _ = view
     widths = window.evaluate("[...document.images].map(i => i.complete ? i.naturalWidth : 0)")
-    assert len(widths) == 6
+    assert len(widths) == 8
     assert min(widths) > 0
     alternatives = window.evaluate("[...document.images].map(i => i.alt)")
     assert all(alternatives)
-    assert len(set(alternatives)) == 6
+    assert len(set(alternatives)) == 8
 
 
 @pytest.mark.slow

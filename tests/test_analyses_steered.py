@@ -87,7 +87,7 @@ def test_the_summary_claims_what_is_beyond_the_null() -> None:
         steering = dataclasses.replace(
             report.steering, change=moved, low=moved - 0.1, high=moved + 0.1
         )
-        return summary.sentences(dataclasses.replace(report, steering=steering))[-1]
+        return summary.steering_sentence(dataclasses.replace(report, steering=steering))
 
     assert "acts, and is not only read" in sentence(1e3)
     assert "nothing is claimed" in sentence(0.0)

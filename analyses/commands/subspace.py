@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from analyses.subspaces.panels import Panel
+    from probes.results import Record
 
 ONLY = ("weights", "activations", "lens", "erasure")
 BUILTIN = ("builtin:base", "builtin:aligned")
@@ -69,6 +70,7 @@ def subspace(
     alignlens subspace m m+adapter --prompts pairs.jsonl --out my-subspaces
     """
     from analyses.subspaces import panels
+    from probes.results import Record
 
     if only is not None and only not in ONLY:
         raise ValueError(f"--only {only}: choose one of {', '.join(ONLY)}")
@@ -102,9 +104,14 @@ def subspace(
         sys.stderr.flush()
 
     found: list[Panel] = []
-    record = None
+    record = Record(models=(base, aligned, *others), seeds=(seed,))
+
+    def keep(made: "list[Panel]") -> None:
+        """Written at once, so that a run that is stopped leaves what it had."""
+        found.extend(_save(panel, out, record) for panel in made)
+
     if "weights" in wanted and others:
-        found += panels.weight_panels(base, aligned, others, say)
+        keep(panels.weight_panels(base, aligned, others, say))
     if set(wanted) - {"weights"}:
         panels.parts_of(source, size, seed)  # a wrong file is said before anything is loaded
         say("loading " + ", ".join((base, aligned, *others)))
@@ -115,13 +122,13 @@ def subspace(
             lineage = panels.capture_lineage(loaded, source, size, seed, say)
             record = lineage.record
             if "activations" in wanted:
-                found += panels.activation_panels(lineage, seed, say)
+                keep(panels.activation_panels(lineage, seed, say))
             if "erasure" in wanted:
-                found += panels.erasure_panels(lineage, seed, say)
+                keep(panels.erasure_panels(lineage, seed, say))
         if "lens" in wanted:
             repeated = panels.repeated(loaded, again, engine=engine, dtype=dtype)
             counted = None if words is None else words.split()
-            found += panels.lens_panels(loaded, repeated, size, seed, say, counted)
+            keep(panels.lens_panels(loaded, repeated, size, seed, say, counted))
     if write_edited is not None:
         from analyses.subspaces.deltas import difference
         from analyses.subspaces.edited import Projected
@@ -129,7 +136,7 @@ def subspace(
 
         V, U = difference(aligned, base), difference(others[0], aligned)
         say(f"wrote {write(aligned, V, U, Projected(fraction), write_edited)}")
-    summary = _write(found, out, record)
+    summary = _summarise(found, out, record)
     if as_json:
         typer.echo(json.dumps(summary))
         return
@@ -138,32 +145,36 @@ def subspace(
     typer.echo(f"subspace: {len(found)} panels in {out}")
 
 
-def _write(found: "list[Panel]", out: Path, record: object) -> dict[str, object]:
-    """One folder a panel (result, record, table, figures), above them a summary of all."""
+def _save(panel: "Panel", out: Path, record: "Record") -> "Panel":
+    """Result, record, table and figures of a panel in its own folder."""
+    from probes import figures, files
+
+    own = panel.result.record
+    if not own.models:  # measured on activations: as they were captured
+        own = dataclasses.replace(record, settings={**record.settings, **own.settings})
+    result = dataclasses.replace(panel.result, record=own)
+    folder = result.save(out / panel.name)
+    files.write_text(folder / "table.csv", result.frame().to_csv(index=False))
+    for name, axes in panel.figures.items():
+        figures.save(axes, folder / name, dataclasses.asdict(own))
+    return dataclasses.replace(panel, result=result)
+
+
+def _summarise(found: "list[Panel]", out: Path, record: "Record") -> dict[str, object]:
+    """One table, one list of sentences and one record above the panels' folders."""
     import pandas as pd
 
-    from probes import figures, files
-    from probes.results import Record
+    from probes import files
 
-    whole = record if isinstance(record, Record) else found[0].result.record
-    lines: dict[str, str] = {}
-    tables = []
-    for panel in found:
-        own = panel.result.record
-        if not own.models:  # measured on activations: as they were captured
-            own = dataclasses.replace(whole, settings={**whole.settings, **own.settings})
-        result = dataclasses.replace(panel.result, record=own)
-        folder = result.save(out / panel.name)
-        table = result.frame()
-        files.write_text(folder / "table.csv", table.to_csv(index=False))
-        for name, axes in panel.figures.items():
-            figures.save(axes, folder / name, dataclasses.asdict(own))
-        lines[panel.name] = str(result)
-        table.insert(0, "panel", panel.name)
-        tables.append(table)
-    files.write_text(out / "table.csv", pd.concat(tables).to_csv(index=False))
+    tables = [panel.result.frame().assign(panel=panel.name) for panel in found]
+    table = pd.concat(tables)
+    table.insert(0, "panel", table.pop("panel"))
+    files.write_text(out / "table.csv", table.to_csv(index=False))
     notes = [n for panel in found for n in getattr(panel.result, "notes", ())]
-    summary: dict[str, object] = {"panels": lines, "notes": list(dict.fromkeys(notes))}
+    summary: dict[str, object] = {
+        "panels": {panel.name: str(panel.result) for panel in found},
+        "notes": list(dict.fromkeys(notes)),
+    }
     files.write_json(out / "result.json", summary)
-    files.write_json(out / "record.json", dataclasses.asdict(whole))
+    files.write_json(out / "record.json", dataclasses.asdict(record))
     return summary

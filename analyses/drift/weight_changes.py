@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -165,7 +165,7 @@ class WeightChanges(Result):
         return f"weights against {self.reference}: " + "; ".join(said)
 
 
-def _columns(table: "pd.DataFrame", label: str) -> dict[str, list[float]]:
+def _columns(table: "pd.DataFrame", label: str) -> dict[str, list[Any]]:
     """The rows of one checkpoint."""
     own = table[table["checkpoint"] == label]
     return {name: own[name].tolist() for name in own.columns if name != "checkpoint"}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.figures import broken
 from probes import figures
 
 if TYPE_CHECKING:
@@ -45,5 +46,5 @@ def heat_map(
         )
         ax.grid(visible=False)
         ax.set(xlabel=xlabel, ylabel="layer (0 is the first block)", title=title)
-        ax.figure.colorbar(image, ax=ax, label=label)
+        ax.figure.colorbar(image, ax=ax, label=broken(label, 28))
     return ax

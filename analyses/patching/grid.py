@@ -118,7 +118,10 @@ class PatchMap(Result):
             label=f"gap in {self.metric} closed (%)"
             if shares
             else f"change of {self.metric}{unit}",
-            title=broken(f"Patched one by one from {self.origin}"),
+            title=broken(
+                f"Patched one by one from {self.origin}"
+                + ("; dots: told from the null" if bool(self.claimed.any()) else "")
+            ),
         )
         at = self.claimed.nonzero()
         ax.plot(at[:, 1].numpy(), at[:, 0].numpy(), ls="", marker=".", ms=3, color="black")

@@ -136,8 +136,19 @@ class Patcher(Prepared):
     @property
     def said(self) -> str:
         """The source in words."""
-        kind = type(self.source).__name__.lower()
-        return kind if self.values.model is self.model else f"{kind} {self.values.model.label}"
+        other = self.values.model is not self.model
+        kind = type(self.source).__name__
+        if kind == "From":
+            return self.values.model.label if other else "the source prompts"
+        if kind == "Mean" and getattr(self.source, "by_position", False):
+            kind = "MeanByPosition"
+        words = {
+            "Resampled": "other prompts",
+            "Mean": "a mean over prompts",
+            "MeanByPosition": "a mean over prompts by position",
+            "Zero": "zeros",
+        }[kind]
+        return f"{words} ({self.values.model.label})" if other else words
 
     def _described(self, cells: Sequence[Cell], metric: Metric) -> object:
         """What a measurement depends on, for the files that keep it."""
@@ -148,7 +159,6 @@ class Patcher(Prepared):
             record.engine,
             record.dtype,
             self.said,
-            getattr(self.source, "by_position", None),
             self.alignment,
             self.hold,
             self.held_positions,

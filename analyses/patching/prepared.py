@@ -188,7 +188,9 @@ class Prepared:
             return self._picked[cell.positions, i]
         wanted = positions.parse(cell.positions).indices(self.rendered[i])
         missing = sorted(set(wanted) - set(aligned))
-        if missing:
+        if isinstance(self.source, Resampled):  # prompts that need not be as long
+            wanted = [token for token in wanted if token in aligned]
+        elif missing:
             raise ValueError(
                 f"positions={cell.positions!r} picks token {missing[0]} of prompt {i}, which has "
                 f"no value in the source (aligned are {self.alignment.text!r}): patch aligned "

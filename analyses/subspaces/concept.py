@@ -200,7 +200,7 @@ def measure_concept(
     boot = torch.zeros(resamples, n_test, dtype=torch.float64)
     boot.scatter_add_(1, drawn, torch.ones_like(boot))
     flips = torch.randint(2, (draws, n_test), generator=generator).double() * 2 - 1
-    apart = [_strangers(train, generator) for _ in range(draws)]
+    apart = [_strangers(pairs["train"][1], generator) for _ in range(draws)]
     found = {
         name: torch.zeros(len(models), n_layers, *((3,) if name in ("retained", "cosine") else ()))
         for name in _COLUMNS

@@ -228,7 +228,7 @@ def lens_panels(
         say(f"steering {base.label} by the difference")
         steered = steer_by_difference(
             base, first, datasets.general("validation")[: size.asked], layer=where,
-            strengths=(0.0, 4.0, 16.0), words=words, max_new_tokens=10, seed=seed,
+            strengths=(0.0, 4.0, 16.0), words=words, max_new_tokens=6, seed=seed,
         )  # fmt: skip
         panels.append(Panel("lens-steered", steered, {"steered": steered.plot()}))
     return panels
