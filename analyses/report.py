@@ -16,12 +16,12 @@ from analyses.drift.ledger import DriftLedger
 from analyses.drift.weight_changes import WeightChanges
 from analyses.drifted import measure_drift
 from analyses.maps import Maps, map_activations
+from analyses.pairs import pairs
 from analyses.refusals import RefusalRates, refusal_rates
 from analyses.separation import Separation, measure_separation
 from analyses.steered import refusal_openers, steer_class
 from analyses.tokens import contexts
 from analyses.tokens.shift import TokenShift, token_shift
-from probes import datasets
 from probes.capturing import capture
 from probes.contrast import Contrast
 from probes.prompts import prompts_hash
@@ -110,36 +110,12 @@ def run(
     """
     began = time.monotonic()
     contexts.check(base_context)
-    parts, classes, name = contrast_parts(prompts, size, seed)  # a wrong file is said at once
+    parts, classes, name = pairs(prompts, size, seed)  # a wrong file is said at once
     say("loading " + ", ".join((base, aligned, *drifted)))
     checkpoints = lineages.load(base, aligned, drifted, engine=engine, **options)
     return measure(
         checkpoints, parts, classes, name, size, seed, say, began, base_context=base_context
     )
-
-
-def contrast_parts(
-    prompts: str | None, size: Size, seed: int
-) -> tuple[dict[str, Contrast], tuple[str, str], str]:
-    """Training, validation and test contrasts with the names of the two classes."""
-    wanted = {"train": size.train, "validation": size.validation, "test": size.test}
-    if prompts is None:
-        parts = {part: datasets.safety(part) for part in wanted}
-        classes, name = ("harmful", "harmless"), "the shipped twins"
-    else:
-        found = datasets.read(prompts)
-        if not isinstance(found, Contrast):
-            raise ValueError(
-                f"{prompts} holds plain prompts; a report needs two classes: rows with "
-                "positive/negative (or harmful/harmless), or a label column"
-            )
-        parts, classes, name = found.split(seed=seed), ("positive", "negative"), found.name
-        if {len(set(part.topics)) * 2 == len(part) for part in parts.values()} != {True}:
-            raise ValueError(
-                f"{prompts} is not made of pairs: a report needs one positive and one negative "
-                "prompt per topic"
-            )
-    return {p: c.limited(wanted[p], seed) for p, c in parts.items()}, classes, name
 
 
 def measure(

@@ -17,7 +17,8 @@ import torch
 
 from analyses import page as pages
 from analyses import summary
-from analyses.report import Report, Size, contrast_parts, measure, run
+from analyses.pairs import pairs
+from analyses.report import Report, Size, measure, run
 from analyses.tokens import contexts
 from analyses.tokens.shift import KINDS
 from probes import datasets
@@ -40,7 +41,7 @@ def pairs_file(folder: Path) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     write()
-    parts, _, _ = contrast_parts(str(path), TINY, 0)
+    parts, _, _ = pairs(str(path), TINY, 0)
     shown = set(parts["test"].limited(TINY.answered).limited(TINY.shifted).topics)
     for row in rows:
         if row["topic"] in shown:
@@ -277,9 +278,9 @@ def test_a_file_that_is_not_pairs_is_refused(tmp_path: Path) -> None:
     plain = tmp_path / "plain.txt"
     plain.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="holds plain prompts"):
-        contrast_parts(str(plain), TINY, 0)
+        pairs(str(plain), TINY, 0)
     labelled = tmp_path / "labelled.jsonl"
     rows = [{"prompt": f"w{i}", "label": i % 2} for i in range(60)]
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="not made of pairs"):
-        contrast_parts(str(labelled), TINY, 0)
+        pairs(str(labelled), TINY, 0)

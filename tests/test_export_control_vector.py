@@ -1,6 +1,5 @@
 """Control vectors: what is written is what llama.cpp reads, and foreign files mean what they mean."""
 
-import contextlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -201,8 +200,12 @@ def test_flipped_bytes_never_do_more_than_a_value_error(
     )
     data[at % len(data)] = value
     path.write_bytes(data)
-    with contextlib.suppress(ValueError):
-        read_control_vector(path)
+    try:
+        found = read_control_vector(path)
+    except ValueError:
+        return
+    # what can be read at all is one finite row of a width
+    assert all(v.ndim == 1 and bool(v.isfinite().all()) for v in found.vectors.values())
 
 
 @pytest.mark.parametrize(

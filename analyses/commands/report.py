@@ -53,7 +53,8 @@ def report(
     alignlens report --base org/base --aligned org/instruct --out my-report
     alignlens report --base m --aligned m+adapter --drifted m+other --prompts pairs.jsonl
     """
-    from analyses.report import DEFAULT, SIZES, contrast_parts, run
+    from analyses.pairs import pairs
+    from analyses.report import DEFAULT, SIZES, run
     from analyses.tokens import contexts
 
     if full and quick:
@@ -64,7 +65,7 @@ def report(
     others = tuple(drifted) if drifted else (DEFAULT[2] if own else ())
     source = None if prompts is None else str(prompts)
     if dry_run:
-        parts, _, name = contrast_parts(source, size, seed)
+        parts, _, name = pairs(source, size, seed)
         n = sum(map(len, parts.values()))
         models = 2 + len(others)
         typer.echo(

@@ -69,6 +69,7 @@ def subspace(
     alignlens subspace org/base org/instruct --tuned org/tuned --only weights
     alignlens subspace m m+adapter --prompts pairs.jsonl --out my-subspaces
     """
+    from analyses.pairs import pairs
     from analyses.subspaces import panels
     from probes.results import Record
 
@@ -89,7 +90,7 @@ def subspace(
     size = panels.Size(topics, max(4, 2 * topics // 3), topics, texts)
     source = None if prompts is None else str(prompts)
     if dry_run:
-        parts, _, name = panels.parts_of(source, size, seed)
+        parts, _, name = pairs(source, size, seed)
         n = sum(map(len, parts.values())) + size.test
         models = 2 + len(others)
         typer.echo(
@@ -113,7 +114,7 @@ def subspace(
     if "weights" in wanted and others:
         keep(panels.weight_panels(base, aligned, others, say))
     if set(wanted) - {"weights"}:
-        panels.parts_of(source, size, seed)  # a wrong file is said before anything is loaded
+        pairs(source, size, seed)  # a wrong file is said before anything is loaded
         say("loading " + ", ".join((base, aligned, *others)))
         loaded = panels.load(base, aligned, others, engine=engine, dtype=dtype)
         for note in loaded.notes:

@@ -100,10 +100,12 @@ def verify(
     if prompts is not None:
         read = datasets.read(prompts)
         asked = list(read.prompts) if isinstance(read, Contrast) else read
+        if not asked[:n]:
+            raise ValueError(f"{prompts} and -n {n} leave no prompt to replay: give at least one")
         ids = ids_of(loaded, asked[:n])
     found = prove(
         loaded, steering, path, kind, target,
-        prompts=ids or prompts_for(loaded, n), n_tokens=tokens, gguf_model=gguf_model, server=server,
+        prompts=prompts_for(loaded, n) if ids is None else ids, n_tokens=tokens, gguf_model=gguf_model, server=server,
     )  # fmt: skip
     command = shlex.join(["alignlens", *sys.argv[1:]])
     found = dataclasses.replace(found, record=dataclasses.replace(found.record, command=command))

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-CONTROLS = ("neutral", "shuffled")
-
 
 @dataclass(frozen=True)
 class Tipping(Result):

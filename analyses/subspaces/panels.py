@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analyses import checkpoints as lineages
 from analyses.checkpoints import Checkpoints
-from analyses.report import contrast_parts
+from analyses.pairs import pairs
 from analyses.subspaces.activations import measure_overlap
 from analyses.subspaces.concept import measure_concept
 from analyses.subspaces.difference_lens import measure_difference
@@ -91,7 +91,7 @@ def capture_lineage(
     loaded: Checkpoints, prompts: str | None, size: Size, seed: int, say: Say
 ) -> Lineage:
     """Activations of the twins (or of a file of pairs) and of general requests."""
-    parts, classes, _ = parts_of(prompts, size, seed)
+    parts, classes, _ = pairs(prompts, size, seed)
     layers = spaced(loaded.aligned.n_layers)
     everyone = [p for part in parts.values() for p in part.prompts]
     everyone += datasets.general("test")[: size.test]
@@ -113,16 +113,6 @@ def capture_lineage(
         settings={"layers": layers, **{p: len(c) // 2 for p, c in parts.items()}},
     )
     return Lineage(loaded, layers, parts, classes, activations, record)
-
-
-def parts_of(
-    prompts: str | None, size: Size, seed: int
-) -> tuple[dict[str, Contrast], tuple[str, str], str]:
-    """Training, validation and test twins with the names of the classes and of the set."""
-    from analyses.report import SIZES
-
-    asked = replace(SIZES["default"], train=size.train, validation=size.validation, test=size.test)
-    return contrast_parts(prompts, asked, seed)
 
 
 def activation_panels(lineage: Lineage, seed: int, say: Say) -> list[Panel]:

@@ -25,7 +25,8 @@ RUNNERS = {
     "vllm-hook": (),
     "lm-eval": (),
 }
-"""Programs that an export can be proven on, the first by default; "format" runs nothing."""
+"""Programs that an export can be proven on, the first by default; without any, and with "format",
+only the file is checked."""
 
 
 def prompts_for(model: HookedModel, n: int = 4) -> list[Ids]:
@@ -59,8 +60,8 @@ def prove(
     """Run an exported file (a folder for a checkpoint) in a program, and judge what it does.
 
     `steering` is what was meant, `model` the unsteered model in float32. `runner` is one of
-    `RUNNERS[target]`, or "format"; by default the first that is here, else the format is checked
-    and the verdict says so. `gguf_model` replaces the float32 GGUF that is made otherwise; `server`
+    `RUNNERS[target]`, or "format"; by default the first of them, and where that is not here the
+    format is checked and the verdict says so. `gguf_model` replaces the float32 GGUF that is made otherwise; `server`
     is the `llama-server` program, or the address of a running vLLM server.
     """
     if target not in RUNNERS:
@@ -69,6 +70,8 @@ def prove(
         known = ", ".join((*RUNNERS[target], *(["format"] if target in PROGRAMS else [])))
         raise ValueError(f"{runner!r} does not run exports for {target}: choose one of {known}")
     prompts = prompts_for(model) if prompts is None else prompts
+    if not prompts:
+        raise ValueError("no prompts were given to replay: give at least one, or None for a few")
     missing = ""
     if runner != "format" and RUNNERS[target]:
         with tempfile.TemporaryDirectory() as scratch:

@@ -33,14 +33,12 @@ def main() -> None:
     answers: dict[str, Any] = {}
     for number, run in enumerate(task["runs"]):
         extra = {"apply_steering_vectors": [entry_of(e) for e in run["entries"]]}
-        if task.get("layers"):
-            extra = {**extra, "output_residual_stream": task["layers"]}
         asked = SamplingParams(
             max_tokens=task["n_tokens"],
             temperature=0,
             ignore_eos=True,
             logprobs=-1,
-            extra_args=extra if run["entries"] or task.get("layers") else None,
+            extra_args=extra if run["entries"] else None,
         )
         prompts = [{"prompt_token_ids": task["prompts"][i]} for i in run["prompts"]]
         for i, done in zip(run["prompts"], llm.generate(prompts, asked), strict=True):
