@@ -1,11 +1,12 @@
 """The prompts that checkpoints are compared on: pairs of a positive and a negative prompt."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from probes import datasets
 from probes.contrast import Contrast
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """How many topics of each part are used at most."""
 

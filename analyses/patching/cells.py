@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from analyses.patching.spans import Indices
 from probes import files
 from probes.sites import Site
 
@@ -16,8 +17,9 @@ class Cell:
     """One configuration: the sites patched together, at all aligned tokens or some of them."""
 
     sites: tuple[Site, ...]
-    positions: str | None = None
-    """A rule of `probes.positions` on the target prompts; None: every aligned token."""
+    positions: str | Indices | None = None
+    """A rule of `probes.positions` on the target prompts, or token indices of each; None: every
+    aligned token."""
 
 
 @dataclass

@@ -8,8 +8,7 @@ import torch
 from analyses.patching.cells import Cell, Held, parts_of
 from analyses.patching.runs import ALLOWED, Job, Runs, Write, common, shareable, shortened
 from analyses.patching.sources import From, Resampled, Source, Values
-from analyses.patching.spans import Alignment, Spans
-from probes import positions
+from analyses.patching.spans import Alignment, Indices, Spans, agreed, chosen, said
 from probes.model import HookedModel
 from probes.positions import Positions
 from probes.prompts import Prompt, Rendered
@@ -68,7 +67,7 @@ class Prepared:
         self.values = Values(source, model, self.rendered, positions, batch_size)
         self.alignment: Alignment = self.values.alignment
         self.notes: tuple[str, ...] = ()
-        self._picked: dict[tuple[str, int], list[int]] = {}
+        self._picked: dict[tuple[str | Indices, int], list[int]] = {}
 
     def settled(self) -> Runs:
         """The target runs, after it was seen whether their passes may be shortened."""
@@ -87,7 +86,7 @@ class Prepared:
                 )
         return found
 
-    def _open(self, *, resume: bool, share: bool) -> None:
+    def _open(self, *, resume: bool, share: bool, most: int | None = None) -> None:
         shared = source_shared = 0
         if share and self.model.layout.shares_prefix:
             pairs = [
@@ -97,6 +96,7 @@ class Prepared:
             same = isinstance(self.source, From | Resampled)
             ids = self.values.ids if same else self.ids
             shared = shareable(self.ids, ids, pairs)
+            shared = shared if most is None else min(shared, most)
             if shortened(self.values.model) and self.values.model.layout.shares_prefix:
                 source_shared = shared if self.values.ids == self.ids else common(self.values.ids)
             elif same:
@@ -108,6 +108,7 @@ class Prepared:
 
     def _load(self, cells: Sequence[Cell]) -> Held:
         """Read what these cells need; on first use, see whether passes may be shortened."""
+        self.alike([self._tokens(c) for c in {cell.positions: cell for cell in cells}.values()])
         parts = parts_of(s for cell in cells for s in cell.sites)
         held = Held(values=self.values.at(parts))
         own = self.runs.read([*dict.fromkeys([*parts, *self.hold])])
@@ -179,6 +180,20 @@ class Prepared:
         differs = held.differs[Site(site.layer, site.part)][i][self._chosen(cell, i)]
         return bool((differs if site.head is None else differs[:, site.head]).any())
 
+    def alike(self, places: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Share no more of a beginning than what these tokens of every prompt have in common."""
+        if self.hold:
+            held = [chosen(self.held_positions, r, i) for i, r in enumerate(self.rendered)]
+            places = [*places, held]
+        shared = min((agreed(sets, self.runs.shared) for sets in places), default=self.runs.shared)
+        if shared < self.runs.shared:
+            self._open(resume=self.runs.resume, share=True, most=shared)
+
+    def _tokens(self, cell: Cell) -> list[list[int]]:
+        """Tokens of each prompt that the cell patches."""
+        aligned = self.alignment.target
+        return [[aligned[i][k] for k in self._chosen(cell, i)] for i in range(len(self.ids))]
+
     def _chosen(self, cell: Cell, i: int) -> list[int]:
         """Places among the aligned tokens of a prompt that the cell patches."""
         aligned = self.alignment.target[i]
@@ -186,13 +201,13 @@ class Prepared:
             return list(range(len(aligned)))
         if (cell.positions, i) in self._picked:
             return self._picked[cell.positions, i]
-        wanted = positions.parse(cell.positions).indices(self.rendered[i])
+        wanted = chosen(cell.positions, self.rendered[i], i)
         missing = sorted(set(wanted) - set(aligned))
         if isinstance(self.source, Resampled):  # prompts that need not be as long
             wanted = [token for token in wanted if token in aligned]
         elif missing:
             raise ValueError(
-                f"positions={cell.positions!r} picks token {missing[0]} of prompt {i}, which has "
+                f"positions={said(cell.positions)!r} picks token {missing[0]} of prompt {i}, which has "
                 f"no value in the source (aligned are {self.alignment.text!r}): patch aligned "
                 "tokens only"
             )
@@ -204,18 +219,18 @@ class Prepared:
         """What is put into the run of one prompt, from a layer on; held values first."""
         found = []
         if self.hold:
-            tokens = positions.parse(self.held_positions).indices(self.rendered[i])
+            tokens = chosen(self.held_positions, self.rendered[i], i)
             for site in self.hold:
                 if site.layer >= first:
                     found.append(Write(site, tuple(tokens), None, held.own[site][i][tokens]))
-        chosen = self._chosen(cell, i)
-        tokens = tuple(self.alignment.target[i][k] for k in chosen)
+        picked = self._chosen(cell, i)
+        tokens = tuple(self.alignment.target[i][k] for k in picked)
         by_part: dict[Site, list[int | None]] = {}
         for site in cell.sites:
             if site.layer >= first:
                 by_part.setdefault(Site(site.layer, site.part), []).append(site.head)
         for part, heads in by_part.items():
-            values = held.values[part][i][chosen]
+            values = held.values[part][i][picked]
             named = tuple(h for h in heads if h is not None)
             if len(named) == len(heads):
                 found.append(Write(part, tokens, named, values[:, list(named)]))

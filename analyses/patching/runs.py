@@ -130,6 +130,34 @@ class Runs:
             found = engine.logits(batch, 1, **more)[:, -1]
         return found.float().cpu()
 
+    def activations(
+        self,
+        jobs: Sequence[Job],
+        sites: Sequence[Site],
+        first: int = 0,
+        hidden: Sequence[Tensor] | None = None,
+    ) -> dict[Site, list[Tensor]]:
+        """Activations of each row with its values put in, `[token, ...]` on the CPU.
+
+        `first` and `hidden` as in `logits`; a shared beginning is not supported.
+        """
+        if self.shared:
+            raise ValueError("runs that share a beginning give logits only: open them without")
+        batch = self._batch([job.prompt for job in jobs])
+        with ExitStack() as stack:
+            if self.resume and first > 0 and hidden is not None:
+                entering = self._entering(batch, [hidden[job.prompt] for job in jobs])
+                stack.enter_context(self._skipping(first, entering))
+            stack.enter_context(self.model.edit(self._edits(batch, jobs)))
+            found = self.model.engine.read(batch, sites)
+        return {
+            site: [
+                row[len(row) - len(self.ids[job.prompt]) :].clone()
+                for row, job in zip(h.cpu(), jobs, strict=True)
+            ]
+            for site, h in found.items()
+        }
+
     def generate(self, jobs: Sequence[Job], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers with the values put in while the prompt is read; whole passes."""
         whole = Runs(self.model, self.ids, rows=self.rows)

@@ -11,6 +11,9 @@ from probes import positions as places
 from probes.positions import Positions
 from probes.prompts import Rendered
 
+Indices = tuple[tuple[int, ...], ...]
+"""Token indices of each unpadded prompt, one tuple a prompt."""
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -54,30 +57,66 @@ class Alignment:
 def align(
     target: Sequence[Rendered],
     source: Sequence[Rendered],
-    positions: "str | Positions | Spans" = "all",
+    positions: "str | Positions | Spans | Indices" = "all",
 ) -> Alignment:
-    """Pair the tokens of the i-th target prompt with those of the i-th source prompt."""
+    """Pair the tokens of the i-th target prompt with those of the i-th source prompt.
+
+    Token indices name the same tokens of both.
+    """
     if len(target) != len(source):
         raise ValueError(
             f"{len(target)} target prompts and {len(source)} source prompts: give one source "
             "prompt for each target prompt, in the same order"
         )
     pairs = [_pair(i, t, s, positions) for i, (t, s) in enumerate(zip(target, source, strict=True))]
-    text = positions if isinstance(positions, str) else positions.text
     return Alignment(
-        tuple(t for t, _ in pairs), tuple(s for _, s in pairs), tuple(range(len(pairs))), text
+        tuple(t for t, _ in pairs), tuple(s for _, s in pairs), tuple(range(len(pairs))), said(positions)
     )
+
+
+def said(positions: "str | Positions | Spans | Indices") -> str:
+    """Positions in words."""
+    if isinstance(positions, str):
+        return positions
+    return "given tokens" if isinstance(positions, tuple) else positions.text
+
+
+def chosen(positions: "str | Positions | Indices", rendered: Rendered, i: int) -> list[int]:
+    """Token indices that a rule picks in the i-th prompt, or that were given for it; ascending."""
+    if not isinstance(positions, tuple):
+        return places.parse(positions).indices(rendered)
+    if i >= len(positions):
+        raise ValueError(
+            f"token indices are given for {len(positions)} prompts: give them for every prompt"
+        )
+    found = sorted(set(positions[i]))
+    bad = [k for k in found if not 0 <= k < len(rendered.ids)]
+    if bad:
+        raise ValueError(
+            f"token {bad[0]} is given for prompt {i}, which has {len(rendered.ids)} tokens: count "
+            "them from 0 in the rendered prompt"
+        )
+    return found
+
+
+def agreed(sets: Sequence[Sequence[int]], bound: int) -> int:
+    """How many of the first tokens lie in all of these sets or in none of them."""
+    known = [set(tokens) for tokens in sets]
+    for token in range(bound):
+        if len({token in tokens for tokens in known}) > 1:
+            return token
+    return bound
 
 
 def align_ends(
     target: Sequence[Rendered],
     source: Sequence[Rendered],
     partner: Sequence[int],
-    positions: str | Positions = "all",
+    positions: "str | Positions | Indices" = "all",
 ) -> Alignment:
     """Pair prompts that have nothing to do with each other: what both begin with token by token,
     the rest from the last token backwards; what the shorter one lacks is not patched."""
-    rule = _rule(positions)
+    rule = positions if isinstance(positions, tuple) else _rule(positions)
     found = []
     for i, j in enumerate(partner):
         t, s = target[i].ids, source[j].ids
@@ -87,10 +126,10 @@ def align_ends(
         rest = min(len(t), len(s)) - same
         pairs = {k: k for k in range(same)}
         pairs |= {len(t) - k: len(s) - k for k in range(1, rest + 1)}
-        picked = sorted(set(rule.indices(target[i])) & pairs.keys())
+        picked = sorted(set(chosen(rule, target[i], i)) & pairs.keys())
         found.append((tuple(picked), tuple(pairs[k] for k in picked)))
     return Alignment(
-        tuple(t for t, _ in found), tuple(s for _, s in found), tuple(partner), rule.text
+        tuple(t for t, _ in found), tuple(s for _, s in found), tuple(partner), said(rule)
     )
 
 
@@ -105,10 +144,17 @@ def _rule(positions: str | Positions) -> Positions:
 
 
 def _pair(
-    i: int, target: Rendered, source: Rendered, positions: "str | Positions | Spans"
+    i: int,
+    target: Rendered,
+    source: Rendered,
+    positions: "str | Positions | Spans | Indices",
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(positions, Spans):
         return _of_spans(i, target, source, positions)
+    if isinstance(positions, tuple):
+        both = tuple(chosen(positions, target, i))
+        chosen(positions, source, i)
+        return both, both
     rule = _rule(positions)
     t, s = rule.indices(target), rule.indices(source)
     if len(t) != len(s):
