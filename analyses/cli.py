@@ -11,13 +11,17 @@ import typer
 from analyses.commands import (
     bisect,
     capture,
+    circuit,
     diff,
     drift,
     export,
     import_vector,
     inspect,
+    lens,
+    mechanism_diff,
     models,
     offsets,
+    patch,
     probe,
     report,
     scan,
@@ -54,6 +58,10 @@ app.command("subspace")(subspace.subspace)
 app.command("drift")(drift.drift)
 app.command("bisect")(bisect.bisect)
 app.command("diff")(diff.diff)
+app.command("patch")(patch.patch)
+app.command("circuit")(circuit.circuit)
+app.command("lens")(lens.lens)
+app.command("mechanism-diff")(mechanism_diff.mechanism_diff)
 app.command("capture")(capture.capture)
 app.command("probe")(probe.probe)
 app.command("scan")(scan.scan)

@@ -116,22 +116,42 @@ def logits(n: int, drawn: torch.Generator) -> torch.Tensor:
     return (2 * torch.randn(n, 3, 40, generator=drawn)).log_softmax(-1)
 
 
-def test_the_divergence_is_scipys() -> None:
-    p, q = torch.rand(5, 7, generator=generator()).double().softmax(-1), torch.rand(5, 7).double()
-    q = q / q.sum(-1, keepdim=True)
-    expected = [scipy.spatial.distance.jensenshannon(a, b) ** 2 for a, b in zip(p, q, strict=True)]
-    assert halves.jensen_shannon(p, q).tolist() == pytest.approx(expected)
-    assert halves.jensen_shannon(p, p).tolist() == [0.0] * 5
-    far = halves.jensen_shannon(torch.eye(2).double()[0], torch.eye(2).double()[1])
-    assert float(far) == pytest.approx(math.log(2))
+def moved(ours: torch.Tensor, theirs: torch.Tensor | None, reached: torch.Tensor) -> halves.Moves:
+    positive, groups = prompts(len(ours) // 2)
+    change = ours.exp() if theirs is None else theirs.exp() - ours.exp()
+    return halves.moves(lambda rows, step: change[rows, step], reached, positive, groups)
 
 
 def token(ours: torch.Tensor, theirs: torch.Tensor, reached: torch.Tensor) -> terms.Term:
-    positive, groups = prompts(len(ours) // 2)
-    ids = halves.kept_ids(ours, theirs, kept=32)
-    split = terms.halves(len(ours) // 2, seed=0)
-    a, b = (halves.steps(x, reached, positive, groups, ids) for x in (ours, theirs))
-    return halves.token_term(a, b, halves.token_null(a, split), count=200, seed=0)
+    null = halves.token_null(moved(ours, None, reached), terms.halves(len(ours) // 2, seed=0))
+    return halves.token_term(moved(ours, theirs, reached), null, count=200, seed=0)
+
+
+def test_the_token_distance_is_that_of_the_means() -> None:
+    drawn = generator(3)
+    ours, theirs = logits(20, drawn), logits(20, drawn)
+    reached = torch.ones(20, 3, dtype=torch.bool)
+    reached[4, 2] = reached[7, 1] = reached[7, 2] = False
+    null = halves.Null(torch.ones(6, dtype=torch.float64), 1.0)
+    found = halves.token_term(moved(ours, theirs, reached), null, count=200, seed=0)
+    squares = []
+    for kind in (0, 1):  # positive prompts stand first in each pair
+        for step in range(3):
+            rows = [i for i in range(kind, 20, 2) if reached[i, step]]
+            means = [x[rows, step].double().exp().mean(0).numpy() for x in (ours, theirs)]
+            squares.append(scipy.spatial.distance.sqeuclidean(*means))
+    want = math.sqrt(sum(squares) / len(squares))
+    assert found.statistic == pytest.approx(want)
+    assert found.value < want  # less what noise adds
+
+
+def test_no_cell_counts_for_more_than_one_prompt_of_a_half_explains() -> None:
+    ours = torch.full((40, 1, 5), -100.0)
+    ours[:, :, 0] = 0.0  # every answer begins with the same token, for certain
+    null = halves.token_null(
+        moved(ours, None, torch.ones(40, 1, dtype=torch.bool)), terms.halves(20, seed=0)
+    )
+    assert null.cells.tolist() == pytest.approx([math.sqrt(2) / 10] * 2)
 
 
 def test_the_token_term_finds_a_planted_opener_and_forgives_what_topics_differ_by() -> None:
@@ -139,7 +159,7 @@ def test_the_token_term_finds_a_planted_opener_and_forgives_what_topics_differ_b
     common = torch.randn(3, 40, generator=drawn)
     ours = (common + 0.5 * torch.randn(60, 3, 40, generator=drawn)).log_softmax(-1)
     planted = ours.clone()
-    planted[:, 0, 7] += 3  # one opener becomes likelier everywhere
+    planted[:, 0, 7] += 6  # one opener becomes likelier everywhere
     reached = torch.ones(60, 3, dtype=torch.bool)
     found = token(ours, planted.log_softmax(-1), reached)
     again = (common + 0.5 * torch.randn(60, 3, 40, generator=drawn)).log_softmax(-1)
@@ -156,10 +176,9 @@ def test_what_stands_beyond_the_end_of_an_answer_does_not_count() -> None:
     reached[::3, 2] = False
     whole = token(ours, theirs, reached)
     other = torch.where(reached[..., None], theirs, logits(40, drawn))
-    ids = halves.kept_ids(ours, theirs, kept=40)
-    positive, groups = prompts(20)
-    a, b = (halves.steps(x, reached, positive, groups, ids) for x in (theirs, other))
-    torch.testing.assert_close(a.sums, b.sums)
+    torch.testing.assert_close(
+        moved(theirs, other, reached).products, torch.zeros(6, 20, 20, dtype=torch.float64)
+    )
     assert whole.value > 0
 
 
@@ -187,6 +206,28 @@ def test_the_behaviour_term_is_the_largest_change_of_a_rate() -> None:
     assert found.statistic == pytest.approx(0.5) and found.low > 1
     same = terms.behaviour_term(before, before, positive, groups, null, count=300, seed=0)
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0) and null > 0
+
+
+def test_intervals_of_a_distance_cover_the_truth_and_not_only_what_lies_above_it() -> None:
+    """Resampled distances lie above the measured one, and that above the true one."""
+    n, width, hits, values = 40, 12, 0, []
+    drawn = generator(5)
+    shift = torch.zeros(width, dtype=torch.float64)
+    shift[0], shift[1] = 0.2, -0.2  # the true change of the mean
+    positive, groups = prompts(n)
+    for seed in range(150):
+        change = shift + 0.3 * torch.randn(n, width, generator=drawn, dtype=torch.float64)
+        made = halves.moves(
+            lambda rows, step, change=change: change[groups[rows]],
+            torch.ones(2 * n, 1, dtype=torch.bool), positive, groups,
+        )  # fmt: skip
+        null = halves.Null(torch.ones(2, dtype=torch.float64), 1.0)
+        found = halves.token_term(made, null, count=300, seed=seed)
+        hits += found.low <= float(shift.norm()) <= found.high
+        values.append(found.value)
+        assert found.low <= found.value <= found.high
+    assert 0.93 <= hits / 150 <= 1.0
+    assert sum(values) / 150 == pytest.approx(float(shift.norm()), rel=0.1)
 
 
 def test_resamples_are_the_same_topics_for_every_checkpoint() -> None:

@@ -14,14 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.figures import broken, legend_below
 from analyses.patching import metrics
-from analyses.patching.figure import heat_map
 from analyses.patching.metrics import Metric, RefusalLogOdds
 from analyses.patching.patch import few, percentile
+from analyses.patching.restored_figure import draw_heads, draw_layers
 from analyses.patching.restoring import choose, confirm, explore
 from analyses.patching.swaps import ActivationSwap, WeightSwap
-from probes import datasets, figures
+from probes import datasets
 from probes.model import HookedModel
 from probes.progress import progress as show
 from probes.prompts import Prompt
@@ -141,71 +140,24 @@ class DriftAttribution(Result):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Layer by layer: bars of single layers, curves of layers up to and from each."""
-        ax = figures.axes(ax, 5.6, 4.2)
-        layers = torch.arange(len(self.below))
-        wide = 0.8 / len(self.kinds)
-        with figures.theme():
-            if self.window is not None:
-                ax.axvspan(
-                    self.window[0] - 0.5,
-                    self.window[1] + 0.5,
-                    color=figures.PALETTE[4],
-                    alpha=0.15,
-                    lw=0,
-                    label="chosen window",
-                )
-            for k, kind in enumerate(self.kinds):
-                value = 100 * self.single_share[k]
-                error = 100 * torch.stack([self.single_low[k], self.single_high[k]])
-                error = (error - value).abs().nan_to_num(0.0)
-                ax.bar(
-                    (layers + (k - (len(self.kinds) - 1) / 2) * wide).numpy(),
-                    value.nan_to_num(0.0).numpy(),
-                    wide,
-                    yerr=error.numpy(),
-                    error_kw={"lw": 0.7},
-                    color=figures.PALETTE[k],
-                    hatch=("", "//")[k % 2],
-                    label=f"{kind} of one layer",
-                )
-            for i, (values, said) in enumerate(
-                ((self.below, "all layers up to this"), (self.above, "all layers from this on"))
-            ):
-                ax.plot(
-                    layers.numpy(),
-                    100 * values.numpy(),
-                    label=said,
-                    markevery=3,
-                    **figures.style(2 + i),
-                )
-            ax.axhline(0, color=figures.PALETTE[6], lw=0.8)
-            ax.set(
-                xlabel="layer (0 is the first block)",
-                ylabel=broken(f"{self.metric} restored (% of the gap)", 40),
-                title=broken(f"{self.how} of {self.aligned} in {self.drifted}"),
-            )
-            legend_below(ax, "validation prompts, 95 % interval")
-        return ax
+        return draw_layers(
+            ax,
+            self,
+            ylabel=f"{self.metric} restored (% of the gap)",
+            title=f"{self.how} of {self.aligned} in {self.drifted}",
+        )
 
     def plot_heads(self, ax: "Axes | None" = None) -> "Axes":
         """Every head patched alone; the chosen ones are ringed."""
         if not self.heads.shape[1]:
             raise ValueError(f"{self.drifted} has no attention heads to draw: use plot()")
-        names = [str(h) for h in range(self.heads.shape[1])]
-        ax = heat_map(
+        return draw_heads(
             ax,
-            100 * self.heads,
-            layers=range(len(self.heads)),
-            columns=names,
+            self,
             xlabel="head" if self.how == "activations" else "group of heads",
             label=f"{self.metric} restored (% of the gap)",
-            title=broken(f"Heads of {self.aligned} in {self.drifted}"),
+            title=f"Heads of {self.aligned} in {self.drifted}",
         )
-        for text in self.chosen_heads:
-            layer, _, head = text.partition(".")
-            for width, colour in ((3.0, "white"), (1.2, "black")):  # seen on any shade
-                ax.plot(int(head), int(layer), "o", ms=8, mew=width, mfc="none", mec=colour)
-        return ax
 
     def __str__(self) -> str:
         if self.window is None:

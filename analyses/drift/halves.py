@@ -4,6 +4,8 @@ Both have many cells (layers; answer tokens of each class), some of which differ
 far more than others. Each cell counts in units of its own null before they are joined.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,9 +13,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from analyses.drift.terms import Term, joined
-
-KEPT = 1024
-"""Token ids that the token term tells apart; all others are one more."""
 
 
 class Projections(NamedTuple):
@@ -80,90 +79,76 @@ def representation_term(change: Projections, null: Null, *, count: int, seed: in
 
 
 def _rms(values: Tensor, cells: Tensor) -> Tensor:
-    return (values / cells).square().mean(1).sqrt()
+    return (values / cells).square().nanmean(1).sqrt()
 
 
-class Steps(NamedTuple):
-    """Probabilities of answer tokens, summed over the prompts of a topic and class."""
+class Moves(NamedTuple):
+    """Probabilities of answer tokens, or their changes, summed over the prompts of a topic: the
+    inner products of these sums, from which the length of any mean over topics follows. A cell is
+    a step of the answers of a class, positive class first."""
 
-    sums: Float[Tensor, "class group step kept"]
-    counts: Float[Tensor, "class group step"]
-
-
-def kept_ids(*logp: Float[Tensor, "prompt step vocab"], kept: int = KEPT) -> Int[Tensor, " kept"]:
-    """The ids with the largest total probability."""
-    mass = sum(x.exp().sum((0, 1)) for x in logp)
-    assert isinstance(mass, Tensor)
-    return mass.topk(min(kept, len(mass))).indices
+    products: Float[Tensor, "cell group group"]
+    counts: Float[Tensor, "cell group"]
+    """Prompts of each topic whose answer reaches the step."""
 
 
-def steps(
-    logp: Float[Tensor, "prompt step vocab"],
+def moves(
+    given: Callable[[Tensor, int], Float[Tensor, "row vocab"]],
     reached: Bool[Tensor, "prompt step"],
     positive: Bool[Tensor, " prompt"],
     groups: Int[Tensor, " prompt"],
-    ids: Int[Tensor, " kept"],
-) -> Steps:
-    """Probabilities of the ids, and of all others together, by topic; rows beyond the end of an
-    answer are left out."""
-    p = logp[..., ids].double().exp()
-    p = torch.cat([p, (1 - p.sum(-1, keepdim=True)).clamp_min(0.0)], -1) * reached[..., None]
+) -> Moves:
+    """Of what `given` says for some prompts at a step, one cell at a time; rows beyond the end of
+    an answer are left out."""
     n = int(groups.max()) + 1
-    shape = (2, n, *p.shape[1:])
-    sums = torch.zeros(shape, dtype=torch.float64)
-    counts = torch.zeros(shape[:-1], dtype=torch.float64)
-    for c, chosen in enumerate((positive, ~positive)):
-        sums[c].index_add_(0, groups[chosen], p[chosen])
-        counts[c].index_add_(0, groups[chosen], reached[chosen].double())
-    return Steps(sums, counts)
+    products, counts = [], []
+    for chosen in (positive, ~positive):
+        for step in range(reached.shape[1]):
+            rows = (chosen & reached[:, step]).nonzero().flatten()
+            values = given(rows, step).double()
+            sums = torch.zeros(n, values.shape[1], dtype=torch.float64)
+            sums.index_add_(0, groups[rows], values)
+            products.append(sums @ sums.T)
+            counts.append(torch.bincount(groups[rows], minlength=n).double())
+    return Moves(torch.stack(products), torch.stack(counts))
 
 
-def mean_steps(
-    given: Steps, weights: Float[Tensor, "draw group"]
-) -> Float[Tensor, "draw class step kept"]:
-    """Mean distribution at each step over the topics, as often as drawn; NaN where none is."""
-    total = torch.einsum("dg,cgsk->dcsk", weights, given.sums)
-    return total / torch.einsum("dg,cgs->dcs", weights, given.counts)[..., None]
+def _means(counts: Tensor, weights: Tensor) -> Float[Tensor, "draw cell group"]:
+    """What each topic's sum counts in the mean over topics as often as drawn; NaN where no answer
+    reaches the step."""
+    return weights[:, None] / torch.einsum("dg,cg->dc", weights, counts)[..., None]
 
 
-def jensen_shannon(
-    p: Float[Tensor, "*row kept"], q: Float[Tensor, "*row kept"]
-) -> Float[Tensor, "*row"]:
-    """Jensen-Shannon divergence of probabilities, nats, 0 to ln 2; exactly 0 for equal ones."""
-    m = (p + q) / 2
-    return (torch.xlogy(p, p / m).nan_to_num(0.0) + torch.xlogy(q, q / m).nan_to_num(0.0)).sum(
-        -1
-    ).clamp_min(0.0) / 2
+def _length(given: Moves, weights: Float[Tensor, "draw cell group"]) -> Float[Tensor, "draw cell"]:
+    squared = torch.einsum("dcg,cgh,dch->dc", weights, given.products, weights)
+    return squared.clamp_min(0.0).sqrt()  # a hair below 0 by rounding; NaN stays
 
 
-def _divergences(a: Steps, b: Steps, weights: Tensor, other: Tensor) -> Tensor:
-    """Divergence of the mean distributions, `[draw, class, step]`; NaN where no answer reaches."""
-    found = []
-    for rows, against in zip(weights.split(100), other.split(100), strict=True):
-        p, q = mean_steps(a, rows), mean_steps(b, against)
-        empty = p[..., 0].isnan() | q[..., 0].isnan()
-        js = jensen_shannon(p.nan_to_num(0.0), q.nan_to_num(0.0))
-        found.append(js.masked_fill(empty, float("nan")))
-    return torch.cat(found)
+def token_null(reference: Moves, split: Bool[Tensor, "split group"]) -> Null:
+    """From the reference's own probabilities.
 
-
-def token_null(reference: Steps, split: Bool[Tensor, "split group"]) -> Null:
-    """From the reference's own distributions."""
+    No cell's null is taken for less than what one prompt of a half does that says another token.
+    """
     first = split.double()
-    js = _divergences(reference, reference, first, 1 - first)
-    cells = js.nanquantile(0.95, dim=0)
-    return Null(cells, float((js / cells).flatten(1).nanmean(1).quantile(0.95)))
+    apart = _means(reference.counts, first) - _means(reference.counts, 1 - first)
+    gap = _length(reference, apart)
+    least = 2 * math.sqrt(2) / reference.counts.sum(1)
+    cells = torch.maximum(gap.nanquantile(0.95, dim=0), least)
+    return Null(cells, float(_rms(gap, cells).nanquantile(0.95)))
 
 
-def token_term(reference: Steps, other: Steps, null: Null, *, count: int, seed: int) -> Term:
-    """From the steps of reference and checkpoint on the same answers, with the same ids kept.
+def token_term(change: Moves, null: Null, *, count: int, seed: int) -> Term:
+    """From the changes of probability, checkpoint minus reference, on the same answers.
 
-    The divergence at each step of each class is divided by that cell's own null, so that steps at
-    which answers differ from prompt to prompt count little; the statistic is the mean over cells.
+    The distance of the mean distributions, square root of the summed squares of changes of
+    probability (0 to the square root of 2), is divided in each cell by the cell's own null, so that
+    steps at which answers differ from prompt to prompt count little; the statistic is the root mean
+    square over cells. A squared distance exceeds the true one by the variance of the mean, which
+    resampling measures; Jensen-Shannon divergences have no such property, and intervals from
+    resampled ones miss the true value in most cases.
     """
 
     def statistic(weights: Tensor) -> Tensor:
-        js = _divergences(reference, other, weights, weights)
-        return (js / null.cells).flatten(1).nanmean(1)
+        return _rms(_length(change, _means(change.counts, weights)), null.cells)
 
-    return joined(statistic, reference.counts.shape[1], null.whole, count, seed)
+    return joined(statistic, change.counts.shape[1], null.whole, count, seed)

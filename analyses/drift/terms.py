@@ -8,7 +8,7 @@ that are measured in cosines, distances, nats and rates can stand beside each ot
 |---|---|---|
 | weight | cosine of the update with the alignment matrix, without its sign | a random update of equal norm and rank in every tensor |
 | representation | change of the distance between the class means along the reference's class direction, by layer | two random halves of the topics in the reference |
-| token | Jensen-Shannon divergence of the mean distributions at the first answer tokens, by class and token | the same two halves |
+| token | distance of the mean distributions at the first answer tokens, by class and token | the same two halves |
 | behaviour | largest change of a refusal rate | two binomial samples at the reference's rates |
 """
 
@@ -34,7 +34,8 @@ class Term(NamedTuple):
     """One term of one checkpoint."""
 
     value: float
-    """In units of the null's 95th percentile; at least 0."""
+    """In units of the null's 95th percentile; at least 0. All but the weight term are less what
+    noise adds (`joined`), so a little below `statistic / null_95`."""
     low: float
     high: float
     statistic: float
@@ -146,11 +147,19 @@ def behaviour_term(
 def joined(
     statistic: Callable[[Tensor], Tensor], n: int, null_95: float, count: int, seed: int
 ) -> Term:
-    """The term of a statistic of how often each of n topics is drawn."""
+    """The term of a statistic of how often each of n topics is drawn.
+
+    The statistics are lengths, which noise only makes larger: the squared length by as much from
+    all topics there could be to those at hand as from these to a resample. The value's square is
+    less that amount, and those of resamples, which hold it twice, are less twice of it; none goes
+    below 0.
+    """
     whole = statistic(torch.ones(1, n, dtype=torch.float64))[0]
+    drawn = statistic(resamples(n, count, seed)).square()
+    excess = drawn.nanmean() - whole.square()
     return _term(
-        whole / null_95,
-        statistic(resamples(n, count, seed)) / null_95,
+        (whole.square() - excess).clamp_min(0.0).sqrt() / null_95,
+        (drawn - 2 * excess).clamp_min(0.0).sqrt() / null_95,
         statistic(1 - torch.eye(n, dtype=torch.float64)) / null_95,
         statistic=float(whole),
         null_95=null_95,

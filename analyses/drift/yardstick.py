@@ -97,11 +97,12 @@ class Yardstick:
         split = terms.halves(len(known), seed)
         direction = (means[0] - means[1]) / apart[:, None] ** 2
         along = torch.einsum("lpd,ld->lp", reading.states.double(), direction)
-        ids = halves.kept_ids(reading.logp)
-        steps = halves.steps(reading.logp, path.reached, positive, groups, ids)
+        said = halves.moves(
+            lambda rows, step: reading.logp[rows, step].exp(), path.reached, positive, groups
+        )
         nulls = (
             halves.representation_null(halves.project(along, positive, groups), split),
-            halves.token_null(steps, split),
+            halves.token_null(said, split),
             terms.behaviour_null(reading.refused, positive, seed),
         )
         return cls(
@@ -125,11 +126,12 @@ class Yardstick:
         along = torch.einsum("lpd,ld->lp", change, self.direction)
         size = min(self.reading.logp.shape[-1], other.logp.shape[-1])
         ours, theirs = self.reading.logp[..., :size], other.logp[..., :size]
-        ids = halves.kept_ids(ours, theirs)
-        pair = [
-            halves.steps(logp, self.path.reached, positive, self.groups, ids)
-            for logp in (ours, theirs)
-        ]
+        moved = halves.moves(
+            lambda rows, step: theirs[rows, step].exp() - ours[rows, step].exp(),
+            self.path.reached,
+            positive,
+            self.groups,
+        )
         found = (
             terms.weight_term(
                 weights.dot, weights.update, weights.alignment, weights.size, **options
@@ -137,7 +139,7 @@ class Yardstick:
             halves.representation_term(
                 halves.project(along, positive, self.groups), self.nulls[0], **options
             ),
-            halves.token_term(pair[0], pair[1], self.nulls[1], **options),
+            halves.token_term(moved, self.nulls[1], **options),
             terms.behaviour_term(
                 self.reading.refused, other.refused, positive, self.groups, self.nulls[2], **options
             ),

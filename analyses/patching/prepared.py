@@ -23,23 +23,27 @@ class Prepared:
     def __init__(
         self,
         model: HookedModel,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Rendered],
         source: Source,
-        positions: "str | Positions | Spans" = "all",
+        positions: "str | Positions | Spans | Indices" = "all",
         *,
         hold: Sites | None = None,
         held_positions: str = "tokens:0:-1",
         batch_size: int = 32,
         shorten: bool = True,
     ) -> None:
-        rendered = model.template.render_all(prompts)
+        if not prompts:
+            raise ValueError("the prompt set is empty: give at least one prompt")
+        render = model.template.render
+        # what is rendered already may hold the beginning of an answer
+        rendered = [p if isinstance(p, Rendered) else render(p) for p in prompts]
         self._set_up(model, rendered, source, positions, batch_size)
         self.hold = () if hold is None else parts_of(self.checked(hold))
         self.held_positions = held_positions
         self._tried = not (shorten and shortened(model))
         self._open(resume=not self._tried, share=not self._tried)
 
-    def with_source(self: P, source: Source, positions: "str | Positions | Spans") -> P:
+    def with_source(self: P, source: Source, positions: "str | Positions | Spans | Indices") -> P:
         """The same target prompts with another source, passes shortened as they are here."""
         other = type(self).__new__(type(self))
         other._set_up(self.model, self.rendered, source, positions, self.batch_size)
@@ -57,7 +61,7 @@ class Prepared:
         model: HookedModel,
         rendered: Sequence[Rendered],
         source: Source,
-        positions: "str | Positions | Spans",
+        positions: "str | Positions | Spans | Indices",
         batch_size: int,
     ) -> None:
         self.model, self.source, self.batch_size = model, source, batch_size
@@ -71,8 +75,8 @@ class Prepared:
 
     def settled(self) -> Runs:
         """The target runs, after it was seen whether their passes may be shortened."""
-        middle = self.model.n_layers // 2
-        self._load([Cell((Site(middle, "resid_post"),))])
+        if not self._tried:
+            self._load([Cell((Site(self.model.n_layers // 2, "resid_post"),))])
         return self.runs
 
     def checked(self, sites: Sites) -> tuple[Site, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from analyses.checkpoints import _same_tokens
 from analyses.patching.runs import Runs
-from analyses.patching.spans import Alignment, Spans, align, align_ends
+from analyses.patching.spans import Alignment, Indices, Spans, align, align_ends
 from probes.model import HookedModel
 from probes.positions import Positions
 from probes.prompts import Prompt, Rendered
@@ -79,7 +79,7 @@ class Values:
         source: Source,
         target: HookedModel,
         rendered: Sequence[Rendered],
-        positions: "str | Positions | Spans",
+        positions: "str | Positions | Spans | Indices",
         rows: int,
     ) -> None:
         self.source, self.target, self.rows = source, target, rows
@@ -142,7 +142,9 @@ class Values:
             return (width,)
         return self.target.layout.blocks[site.layer].heads[site.part], width
 
-    def _align(self, target: Sequence[Rendered], positions: "str | Positions | Spans") -> Alignment:
+    def _align(
+        self, target: Sequence[Rendered], positions: "str | Positions | Spans | Indices"
+    ) -> Alignment:
         source = self.source
         if isinstance(source, From):
             return align(target, self.rendered, positions)

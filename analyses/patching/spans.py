@@ -70,7 +70,10 @@ def align(
         )
     pairs = [_pair(i, t, s, positions) for i, (t, s) in enumerate(zip(target, source, strict=True))]
     return Alignment(
-        tuple(t for t, _ in pairs), tuple(s for _, s in pairs), tuple(range(len(pairs))), said(positions)
+        tuple(t for t, _ in pairs),
+        tuple(s for _, s in pairs),
+        tuple(range(len(pairs))),
+        said(positions),
     )
 
 

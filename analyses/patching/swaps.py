@@ -15,7 +15,7 @@ from analyses.patching.runs import Job
 from analyses.patching.sources import From
 from analyses.patching.weights import patched_weights, replacement
 from probes.model import HookedModel
-from probes.prompts import Prompt
+from probes.prompts import Prompt, Rendered
 from probes.results import Record
 from probes.sites import Site
 
@@ -30,7 +30,7 @@ class ActivationSwap:
         self,
         aligned: HookedModel,
         drifted: HookedModel,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Rendered],
         metric: Metric,
         batch_size: int,
         folder: Path | str | None,

@@ -28,7 +28,7 @@ MAX_TEXT = 1 << 28
 """Largest `.svec` that is read, in bytes."""
 
 NORMED_OR_SCALED = frozenset(
-    "afmoe exaone4 flex_olmo gemma2 gemma3 gemma3n gemma4 glm4 glm4v granite granitemoe "  # noqa: SIM905
+    "afmoe exaone4 flex_olmo gemma2 gemma3 gemma3n gemma4 glm4 glm4v granite granitemoe "
     "granitemoehybrid granitemoeshared olmo2 olmo3 olmo_hybrid".split()
 )
 """Architectures that norm or scale what attention and MLP give before they add it to the stream."""
