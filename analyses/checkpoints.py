@@ -83,7 +83,7 @@ def compare(items: Sequence[Checkpoint]) -> Checkpoints:
         raise ValueError(f"the roles are {roles}: expected base, aligned, then drifted ones")
     aligned = items[1].model
     template = aligned.template
-    labels = _labels(items)
+    labels = unique_labels([item.label for item in items], [item.model.name for item in items])
     notes: list[str] = []
     shared: list[Checkpoint] = []
     for item, label in zip(items, labels, strict=True):
@@ -93,7 +93,7 @@ def compare(items: Sequence[Checkpoint]) -> Checkpoints:
             notes.append(f"{label} {what}; it was prompted with that of {labels[1]}.")
         shared.append(Checkpoint(item.role, prompted_as(item.model, aligned, label)))
     sizes = [item.model.layout.vocab_size for item in items]
-    _fits(aligned, min(sizes))
+    fits(aligned, min(sizes))
     if len(set(sizes)) > 1:
         notes.append(
             f"The vocabularies have {', '.join(map(str, sizes))} rows; ids from {min(sizes)} on "
@@ -115,21 +115,20 @@ def prompted_as(model: HookedModel, aligned: HookedModel, label: str | None = No
     return shared
 
 
-def _labels(items: Sequence[Checkpoint]) -> list[str]:
+def unique_labels(labels: Sequence[str], names: Sequence[str]) -> list[str]:
     """Labels; those that several checkpoints have become the full names, then are numbered."""
-    for labels in ([item.label for item in items], [item.model.name for item in items]):
-        if len(set(labels)) == len(labels):
-            return labels
-    often, seen = Counter(item.label for item in items), Counter[str]()
-    found = []
-    for item in items:
-        seen[item.label] += 1
-        more = f" ({seen[item.label]})" if often[item.label] > 1 else ""
-        found.append(item.label + more)
-    return found
+    for found in (list(labels), list(names)):
+        if len(set(found)) == len(found):
+            return found
+    often, seen = Counter(labels), Counter[str]()
+    made = []
+    for label in labels:
+        seen[label] += 1
+        made.append(label + (f" ({seen[label]})" if often[label] > 1 else ""))
+    return made
 
 
-def _fits(aligned: HookedModel, vocab_size: int) -> None:
+def fits(aligned: HookedModel, vocab_size: int) -> None:
     """The template's own tokens must exist in every checkpoint, or no prompt can be read."""
     ids = aligned.template.render("a").ids
     if max(ids) >= vocab_size:

@@ -48,7 +48,7 @@ def measure_drift(
         return Reading(activations[label][:, kept].float(), said, path.logp(model))
 
     answers = aligned.generate_ids(answered.prompts, OPENING)
-    path = Path.of(aligned, answers, answered)
+    path = Path.of(aligned, answers, answered, checkpoints.vocab_size)
     with warnings.catch_warnings():  # the report says once how few topics there are
         warnings.filterwarnings("ignore", "only .* topics")
         stick = Yardstick.of(

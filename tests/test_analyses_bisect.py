@@ -63,6 +63,38 @@ def test_doubt_is_said() -> None:
     assert "more than one crossing" in str(every)
 
 
+def test_the_place_is_before_the_first_broken_one_where_the_course_is_not_monotone() -> None:
+    def course(*states: int) -> Bisection:
+        names = [f"c{i}" for i in range(len(states))]
+        measure = lambda n: Interval(*[float(states[int(n[1:])])] * 3)  # noqa: E731
+        return bisect(names, measure, 1.0, what="drift", every=True)
+
+    back = course(0, 2, 0, 2)
+    assert (back.last_holding, back.first_broken) == ("c0", "c1") and not back.monotone
+    assert "breaks between c0 and c1" in str(back)
+    assert "broken in the first checkpoint already" in str(course(2, 0, 2))
+
+
+def test_measurements_of_other_settings_are_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    one, two = Played(3), Played(5)
+    bisect(NAMES, one, 0.5, what="drift", keep=path, settings={"prompts": "a", "seed": 0})
+    with pytest.raises(ValueError, match="asked is .*'prompts': 'b'.*: give another folder"):
+        bisect(NAMES, two, 0.5, what="drift", keep=path, settings={"prompts": "b", "seed": 0})
+    assert two.asked == []
+    again = Played(3)
+    found = bisect(NAMES, again, 0.5, what="drift", keep=path, settings={"seed": 0, "prompts": "a"})
+    assert again.asked == [] and found.first_broken == "step-3"
+
+
+def test_a_limit_may_be_made_of_the_first_checkpoint(tmp_path: Path) -> None:
+    path, played = tmp_path / "measured.json", Played(4)
+    for _ in range(2):  # the second time nothing is measured, the limit's checkpoint neither
+        found = bisect(NAMES, played, lambda at: at.value + 0.25, what="drift", keep=path)
+        assert found.limit == 0.25 and found.first_broken == "step-4"
+    assert len(played.asked) == len(set(played.asked))
+
+
 def test_finished_measurements_are_not_made_again(tmp_path: Path) -> None:
     played = Played(13)
 
@@ -77,7 +109,7 @@ def test_finished_measurements_are_not_made_again(tmp_path: Path) -> None:
     found = bisect(NAMES, played, 0.5, what="drift", keep=tmp_path / "measured.json")
     assert found.first_broken == "step-13" and len(set(played.asked)) == len(played.asked)
     assert played.asked[:3] == first
-    with pytest.raises(ValueError, match="holds measurements of 'drift', asked is 'refusals'"):
+    with pytest.raises(ValueError, match="with what 'drift', asked is 'refusals'"):
         bisect(NAMES, played, 0.5, what="refusals", keep=tmp_path / "measured.json")
     (tmp_path / "measured.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged .* delete it to measure again"):

@@ -71,6 +71,39 @@ def test_the_ledger_is_written_and_measured_once(
     assert str(DriftLedger.load(out)) == str(ledger)
 
 
+def test_other_prompts_and_roles_are_measured_anew(run: Run, files: Path) -> None:
+    asked = ("--drifted", "step-1", "--resamples", 20, "--topics", 12, "--out", "kept")
+    rows = [{"positive": f"w3 {t}", "negative": f"w4 {t}"} for t in tiny.words(60, seed=9)]
+    (files / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("drift", "base", "aligned", *asked, "--prompts", "pairs.jsonl").code == 0
+    first = DriftLedger.load(files / "kept")
+    other = run("drift", "base", "aligned", *asked, "--prompts", "others.jsonl")
+    assert other.code == 0 and "measured before" not in other.err
+    assert DriftLedger.load(files / "kept").record.prompts_hash != first.record.prompts_hash
+    role = run(
+        "drift", "base", "aligned", "--drifted", "step-2", "--control", "step-1", *asked[2:],
+        "--prompts", "others.jsonl",
+    )  # fmt: skip
+    assert role.code == 0 and "measuring step-1" in role.err
+    found = DriftLedger.load(files / "kept")
+    assert dict(zip(found.labels, found.roles, strict=True))["step-1"] == "control"
+
+
+def test_checkpoints_of_one_name_are_told_apart(run: Run, files: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(files / f"step-{1 if name == 'one' else 2}", files / f"run-{name}" / "final")
+    said = run("drift", "base", "aligned", "--drifted", "run-one/final", "--drifted", "run-two/final",
+               "--prompts", "pairs.jsonl", "--resamples", 20, "--topics", 12, "--out", "twice",
+               )  # fmt: skip
+    assert said.code == 0, said.err
+    assert DriftLedger.load(files / "twice").labels[1:3] == ("run-one/final", "run-two/final")
+
+
+def test_a_rate_of_zero_cannot_break_below_its_half(run: Run) -> None:
+    said = run("bisect", "aligned", "step-1", "--prompts", "pairs.jsonl", "--out", "zero")
+    assert said.code == 2 and "refuses none of the prompts" in said.err
+
+
 def test_a_dry_run_says_what_it_takes(run: Run, files: Path) -> None:
     said = run("drift", "base", "aligned", *ASKED, "--dry-run", "--out", "none")
     assert said.code == 0 and "6 checkpoints" in said.out and not (files / "none").exists()

@@ -5,12 +5,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_lineage
 import torch
 from architectures import build
 
 from analyses.drift.course import DriftCourse
-from analyses.drift.ledger import DriftLedger, drift_ledger, headline
+from analyses.drift.ledger import DriftLedger, drift_ledger, headline, joined
 from analyses.drift.readings import compare_weights
 from analyses.drift.round_trips import bf16, int8, round_trip
 from analyses.drift.terms import TERMS
@@ -141,6 +142,43 @@ def test_too_few_topics_and_no_alignment_are_said(models: dict[str, HookedModel]
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="both classes have the same states"):
             Yardstick.of(models["base"], models["aligned"], same)
+
+
+def test_a_base_with_fewer_rows_than_the_reference_is_read(models: dict[str, HookedModel]) -> None:
+    """Rows that only the aligned model has change no probability of the ids that both share."""
+    small = tiny_lineage.hooked("small")
+    wide = tiny_lineage.hooked("wide", vocab=small.layout.vocab_size + 6)
+    other = tiny_lineage.hooked("other", 1, seed=1, vocab=small.layout.vocab_size + 6)
+    found = drift_ledger(
+        small, other, [wide], tiny_lineage.pairs(PAIRS), resamples=50, progress=False
+    )
+    i, j = found.labels.index("small"), found.labels.index("wide")
+    kl = "KL(reference‖checkpoint), positive, nats"
+    assert found.details[i][kl][0] >= 0
+    # the same weights over the same ids, with and without six more rows
+    assert found.details[i][kl][0] == pytest.approx(found.details[j][kl][0], rel=1e-3)
+
+
+def test_two_checkpoints_of_one_label_are_refused(models: dict[str, HookedModel]) -> None:
+    stick = Yardstick.of(models["base"], models["aligned"], tiny_lineage.pairs(PAIRS), resamples=50)
+    drift = stick.measure(models["near"])
+    with pytest.raises(ValueError, match="two checkpoints of a ledger are called 'near'"):
+        DriftLedger.of(stick, [drift, drift])
+    one = DriftLedger.of(stick, [drift])
+    with pytest.raises(ValueError, match="two checkpoints of a ledger are called 'near'"):
+        joined([one, one])
+
+
+def test_unpaired_topics_of_one_class_are_halved_evenly(models: dict[str, HookedModel]) -> None:
+    """Few topics of a class must not all fall into one half, where no mean is left."""
+    texts = tiny.words(24, seed=5)
+    given = Contrast.labelled(texts, [1] * 6 + [0] * 18)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stick = Yardstick.of(models["base"], models["aligned"], given, resamples=50)
+        found = stick.measure(models["near"])
+    assert all(math.isfinite(term.value) for term in found.terms)
+    assert bool(stick.nulls[0].cells.isfinite().all())
 
 
 def test_round_trips_are_the_formats() -> None:

@@ -80,7 +80,7 @@ def test_the_representation_term_finds_a_planted_loss_of_contrast() -> None:
     drawn = generator()
     along = torch.randn(3, 120, generator=drawn) + 2.0 * positive.float()
     null = halves.representation_null(
-        halves.project(along, positive, groups), terms.halves(60, seed=0)
+        halves.project(along, positive, groups), terms.halves(torch.full((60,), 3), seed=0)
     )
     lost = torch.where(positive, -1.0, 0.0).expand(3, -1)
     noise = 1.0 * torch.randn(3, 120, generator=drawn)
@@ -95,7 +95,7 @@ def test_the_representation_term_finds_a_planted_loss_of_contrast() -> None:
 def test_the_representation_null_is_that_of_two_halves() -> None:
     positive, groups = prompts(30)
     along = torch.randn(2, 60, generator=generator())
-    split = terms.halves(30, seed=3)
+    split = terms.halves(torch.full((30,), 3), seed=3)
     assert bool((split.sum(1) == 15).all())
     found = halves.representation_null(halves.project(along, positive, groups), split)
     gaps = []
@@ -123,7 +123,9 @@ def moved(ours: torch.Tensor, theirs: torch.Tensor | None, reached: torch.Tensor
 
 
 def token(ours: torch.Tensor, theirs: torch.Tensor, reached: torch.Tensor) -> terms.Term:
-    null = halves.token_null(moved(ours, None, reached), terms.halves(len(ours) // 2, seed=0))
+    null = halves.token_null(
+        moved(ours, None, reached), terms.halves(torch.full((len(ours) // 2,), 3), seed=0)
+    )
     return halves.token_term(moved(ours, theirs, reached), null, count=200, seed=0)
 
 
@@ -149,7 +151,8 @@ def test_no_cell_counts_for_more_than_one_prompt_of_a_half_explains() -> None:
     ours = torch.full((40, 1, 5), -100.0)
     ours[:, :, 0] = 0.0  # every answer begins with the same token, for certain
     null = halves.token_null(
-        moved(ours, None, torch.ones(40, 1, dtype=torch.bool)), terms.halves(20, seed=0)
+        moved(ours, None, torch.ones(40, 1, dtype=torch.bool)),
+        terms.halves(torch.full((20,), 3), seed=0),
     )
     assert null.cells.tolist() == pytest.approx([math.sqrt(2) / 10] * 2)
 
@@ -204,7 +207,9 @@ def test_the_behaviour_term_is_the_largest_change_of_a_rate() -> None:
     null = terms.behaviour_null(before, positive, seed=0)
     found = terms.behaviour_term(before, after, positive, groups, null, count=300, seed=0)
     assert found.statistic == pytest.approx(0.5) and found.low > 1
-    same = terms.behaviour_term(before, before, positive, groups, null, count=300, seed=0)
+    same = terms.behaviour_term(
+        before, before, positive, groups, null, identical=True, count=300, seed=0
+    )
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0) and null > 0
 
 
@@ -234,3 +239,27 @@ def test_resamples_are_the_same_topics_for_every_checkpoint() -> None:
     a, b = terms.resamples(12, 50, seed=4), terms.resamples(12, 50, seed=4)
     assert torch.equal(a, b) and bool((a.sum(1) == 12).all())
     assert not torch.equal(a, terms.resamples(12, 50, seed=5))
+
+
+def test_halves_share_every_stratum() -> None:
+    strata = torch.tensor([1] * 4 + [2] * 4 + [3] * 9)
+    split = terms.halves(strata, seed=0)
+    for kind, size in ((1, 2), (2, 2), (3, 4)):
+        assert bool((split[:, strata == kind].sum(1) == size).all())
+    assert len({tuple(row.tolist()) for row in split}) > 100
+
+
+def test_limits_of_a_rate_on_which_all_topics_agree_are_wilsons() -> None:
+    """No interval is a point because forty prompts did the same: only equal weights are certain."""
+    positive, groups = prompts(40)
+    before, after = positive.clone(), torch.zeros(80, dtype=torch.bool)
+    options = {"count": 100, "seed": 0}
+    all_lost = terms.behaviour_term(before, after, positive, groups, 0.1, **options)
+    low, _, high = sorted((scipy.stats.binomtest(40, 40).proportion_ci(method="wilson").low, 1, 1))
+    assert (all_lost.low, all_lost.value, all_lost.high) == pytest.approx((10 * low, 10, 10 * high))
+    unmoved = terms.behaviour_term(before, before, positive, groups, 0.1, **options)
+    upper = scipy.stats.binomtest(0, 40).proportion_ci(method="wilson").high
+    assert (unmoved.low, unmoved.value) == (0.0, 0.0)
+    assert unmoved.high == pytest.approx(10 * upper)
+    same = terms.behaviour_term(before, before, positive, groups, 0.1, identical=True, **options)
+    assert (same.low, same.high) == (0.0, 0.0)

@@ -139,25 +139,35 @@ def _ledger(
     options: dict[str, Any],
 ) -> "DriftLedger":
     """Measure what no earlier run of the same settings has left in the folder."""
+    from analyses.checkpoints import unique_labels
     from analyses.drift.ledger import DriftLedger, joined
     from analyses.drift.round_trips import FORMATS, round_trip
-    from analyses.drift.yardstick import Yardstick
-    from probes import files
+    from analyses.drift.yardstick import METHOD, Yardstick
+    from probes import files, names
     from probes.model import HookedModel
+    from probes.prompts import prompts_hash
 
     _say(f"loading {base} and {aligned}")
     ends = [HookedModel.load(name, **options) for name in (base, aligned)]
     stick: Yardstick | None = None
     measured = []
+    asked = prompts_hash(ends[1].template.render_all(contrast.prompts))
+    given = [base, *(name for name, _ in listed)]
+    labels = dict(
+        zip(given, unique_labels([names.parse(n).label for n in given], given), strict=True)
+    )
     for name, role in [(base, "base"), *listed, *((kind, "round trip") for kind in FORMATS)]:
-        folder = out / "checkpoints" / "".join(c if c.isalnum() or c in "-." else "_" for c in name)
+        folder = out / "checkpoints" / _file_name(name)
         if role == "base":
             model = ends[0]
         elif role == "round trip":
             model = round_trip(ends[1], name)
         else:
             model = HookedModel.load(name, **options)
+        label, of = labels.get(name, model.label), "control" if role == "round trip" else role
         settings = {
+            "method": METHOD, "prompts": asked, "labels": list(map(bool, contrast.labels)),
+            "label": label, "role": of,
             "checkpoint": model.fingerprint, "base": ends[0].fingerprint,
             "reference": ends[1].fingerprint, "topics": sorted(set(contrast.topics)),
             "resamples": resamples, "seed": seed, "engine": options["engine"],
@@ -165,14 +175,13 @@ def _ledger(
         kept = folder / "settings.json"
         if kept.is_file() and json.loads(kept.read_text()) == settings:
             measured.append(DriftLedger.load(folder))
-            _say(f"{model.label}: measured before")
+            _say(f"{label}: measured before")
             continue
         if stick is None:
             _say(f"reading {ends[1].label} on {len(contrast)} prompts")
             stick = Yardstick.of(ends[0], ends[1], contrast, resamples=resamples, seed=seed)
-        _say(f"measuring {model.label}")
-        of = "control" if role == "round trip" else role
-        one = DriftLedger.of(stick, [stick.measure(model, of, model.label)])
+        _say(f"measuring {label}")
+        one = DriftLedger.of(stick, [stick.measure(model, of, label)])
         one.save(folder)
         files.write_json(kept, settings)  # last: without it the folder is measured again
         measured.append(one)
@@ -209,7 +218,7 @@ def _more(
 
         for item in lineage.drifted:
             _say(f"attributing {item.label}")
-            folder = out / "attribution" / item.label
+            folder = out / "attribution" / _file_name(item.label)
             which = attribute_drift(
                 lineage.aligned, item.model, n_topics=40, max_new_tokens=10, seed=seed,
                 folder=folder / "layers",
@@ -217,6 +226,11 @@ def _more(
             _keep(which, folder, attribution=which.plot, heads=which.plot_heads)
             lines.append(str(which))
     return lines
+
+
+def _file_name(text: str) -> str:
+    """A model's name or label as the name of a folder: never a path of its own."""
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in text)
 
 
 def _keep(result: Any, folder: Path, **drawn: Any) -> None:

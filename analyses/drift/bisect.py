@@ -1,7 +1,8 @@
 """Where along a fine-tune did a property break? Halving instead of measuring every checkpoint."""
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from analyses.figures import name_ticks
 from probes import figures, files
-from probes.results import Result
+from probes.results import Record, Result
 from probes.scores import Interval
 
 if TYPE_CHECKING:
@@ -52,9 +53,13 @@ class Bisection(Result):
 
     @property
     def last_holding(self) -> str | None:
-        """The checkpoint just before it; None where the first is broken already."""
-        found = [self.names[k] for i, k in enumerate(self.measured) if not self.broken(i)]
-        return found[-1] if found else None
+        """The last one found to hold before it; None where the first is broken already."""
+        found = None
+        for i, k in enumerate(self.measured):
+            if self.broken(i):
+                break
+            found = self.names[k]
+        return found
 
     @property
     def sure(self) -> bool:
@@ -136,18 +141,23 @@ class Bisection(Result):
 def bisect(
     names: Sequence[str],
     measure: Property,
-    limit: float,
+    limit: float | Callable[[Interval], float],
     *,
     what: str,
     breaks: str = "above",
     every: bool = False,
     keep: Path | str | None = None,
+    settings: Mapping[str, object] | None = None,
+    record: Record | None = None,
 ) -> Bisection:
-    """Find the first checkpoint of an ordered list at which `measure` is beyond `limit`.
+    """Find the first checkpoint of an ordered list at which `measure` is beyond `limit`, which may
+    be made of what the first checkpoint measures.
 
     Both ends are measured first, then halves: about 2 + log2(n) checkpoints, on the assumption that
     what broke stays broken. `every` measures all of them, which shows whether that holds. With
-    `keep`, a JSON file, finished measurements are kept there and not made again.
+    `keep`, a JSON file, finished measurements are kept there and not made again; `settings` is what
+    they depend on beside the checkpoint (prompts, seeds, references), and a file of others is
+    refused.
     """
     names = tuple(names)
     if len(names) < 2:
@@ -156,9 +166,10 @@ def bisect(
         raise ValueError("a checkpoint is named twice: give each once, in the order of training")
     if breaks not in ("above", "below"):
         raise ValueError(f"breaks={breaks!r}: expected 'above' or 'below' the limit")
-    found = _kept(keep, what)
+    about = {"what": what, "settings": json.loads(json.dumps(dict(settings or {})))}
+    found = _kept(keep, about)
 
-    def broken(k: int) -> bool:
+    def measured_at(k: int) -> Interval:
         name = names[k]
         if name not in found:
             interval = measure(name)
@@ -167,8 +178,13 @@ def bisect(
             found[name] = interval
             if keep is not None:
                 kept = {name: list(i) for name, i in found.items()}
-                files.write_json(Path(keep), {"what": what, "measured": kept})
-        return _broken(found[name].value, limit, breaks)
+                files.write_json(Path(keep), {**about, "measured": kept})
+        return found[name]
+
+    where = limit(measured_at(0)) if callable(limit) else float(limit)
+
+    def broken(k: int) -> bool:
+        return _broken(measured_at(k).value, where, breaks)
 
     good, bad = 0, len(names) - 1
     if every:
@@ -182,7 +198,9 @@ def bisect(
     columns = zip(*(found[names[k]] for k in measured), strict=True)
     values = (torch.tensor(column, dtype=torch.float64) for column in columns)
     value, low, high = values
-    return Bisection(what, names, measured, value, low, high, float(limit), breaks)
+    return Bisection(
+        what, names, measured, value, low, high, where, breaks, record=record or Record()
+    )
 
 
 def checkpoints_in(folder: Path | str, model: str | None = None) -> list[str]:
@@ -224,18 +242,18 @@ def _broken(value: float, limit: float, breaks: str) -> bool:
     return value > limit if breaks == "above" else value < limit
 
 
-def _kept(path: Path | str | None, what: str) -> dict[str, Interval]:
+def _kept(path: Path | str | None, about: Mapping[str, object]) -> dict[str, Interval]:
     if path is None or not Path(path).is_file():
         return {}
-    import json
-
     try:
         held = json.loads(Path(path).read_text())
-        if held["what"] != what:
-            raise ValueError(
-                f"{path} holds measurements of {held['what']!r}, asked is {what!r}: give another "
-                "folder"
-            )
-        return {name: Interval(*row) for name, row in held["measured"].items()}
+        measured = {name: Interval(*row) for name, row in held.pop("measured").items()}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to measure again") from error
+    for key in held.keys() | about.keys():
+        if held.get(key) != about.get(key):
+            raise ValueError(
+                f"{path} holds measurements with {key} {held.get(key)!r}, asked is "
+                f"{about.get(key)!r}: give another folder"
+            )
+    return measured

@@ -76,6 +76,7 @@ class DriftLedger(Result):
         """From measured checkpoints."""
         if not drifts:
             raise ValueError("no checkpoint was measured: give at least one beside the reference")
+        _told_apart([d.label for d in drifts])
 
         def column(name: str) -> Tensor:
             rows = [[getattr(term, name) for term in d.terms] for d in drifts]
@@ -220,6 +221,14 @@ class DriftLedger(Result):
         return f"drift from {self.reference}: " + "; ".join(said)
 
 
+def _told_apart(labels: Sequence[str]) -> None:
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ValueError(
+            f"two checkpoints of a ledger are called {twice[0]!r}: give each a label of its own"
+        )
+
+
 def joined(ledgers: Sequence[DriftLedger]) -> DriftLedger:
     """One ledger of several against the same reference, prompts and draws."""
     first = ledgers[0]
@@ -230,6 +239,7 @@ def joined(ledgers: Sequence[DriftLedger]) -> DriftLedger:
                 f"a ledger against {other.reference} ({other.topics} topics) cannot join one against "
                 f"{first.reference} ({first.topics}): measure all against one yardstick"
             )
+    _told_apart([label for ledger in ledgers for label in ledger.labels])
     stacked = {name: torch.cat([getattr(ledger, name) for ledger in ledgers]) for name in _STACKED}
     listed = {
         name: tuple(item for ledger in ledgers for item in getattr(ledger, name))

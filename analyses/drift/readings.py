@@ -30,14 +30,29 @@ class Path:
     lengths: tuple[int, ...]
     """Answer tokens in each row."""
     vocab_size: int
-    """Ids that all checkpoints share; distributions are over these."""
+    """Ids that base and reference share; distributions are over these."""
 
     @classmethod
-    def of(cls, model: HookedModel, answers: Sequence[Sequence[int]], contrast: Contrast) -> "Path":
+    def of(
+        cls,
+        model: HookedModel,
+        answers: Sequence[Sequence[int]],
+        contrast: Contrast,
+        vocab_size: int,
+    ) -> "Path":
+        """From the reference's answers; one ends before an id that is not shared."""
         given = model.template.render_all(contrast.prompts)
-        cut = [tuple(answer[:STEPS]) for answer in answers]
+        cut = []
+        for answer in answers:
+            alien = [k for k, token in enumerate(answer) if token >= vocab_size]
+            cut.append(tuple(answer[: min([STEPS, *alien])]))
+        if not any(cut):
+            raise ValueError(
+                f"every answer of {model.name} begins with an id beyond the {vocab_size} that base "
+                "and reference share: there is no answer that both can read"
+            )
         rows = tuple((*r.ids, *answer) for r, answer in zip(given, cut, strict=True))
-        return cls(rows, tuple(map(len, cut)), model.layout.vocab_size)
+        return cls(rows, tuple(map(len, cut)), vocab_size)
 
     @property
     def reached(self) -> Bool[Tensor, "prompt step"]:
@@ -46,8 +61,14 @@ class Path:
 
     @torch.inference_mode()
     def logp(self, model: HookedModel, batch_size: int = 16) -> Float[Tensor, "prompt step vocab"]:
-        """Log-probabilities, nats, before each answer token; 0 beyond the end of an answer."""
+        """Log-probabilities, nats, before each answer token; 0 beyond the end of an answer. Over
+        the shared ids, or over those of a model that has fewer."""
         size = min(self.vocab_size, model.layout.vocab_size)
+        if max(max(row) for row in self.rows) >= size:
+            raise ValueError(
+                f"{model.name} has a vocabulary of {size} rows and the reference's answers hold id "
+                f"{max(max(row) for row in self.rows)}: it cannot read them"
+            )
         found = torch.zeros(len(self.rows), max(self.lengths), size)
         order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i]))
         for start in range(0, len(order), batch_size):
@@ -78,14 +99,15 @@ def read(
     contrast: Contrast,
     path: Path | None = None,
     *,
+    vocab_size: int | None = None,
     batch_size: int = 32,
 ) -> tuple[Reading, Path]:
     """Everything the ledger needs of one model. Without a `path`, the model's own answers are the
-    path: it is then the reference."""
+    path, over `vocab_size` ids: it is then the reference."""
     acts = capture(model, contrast.prompts, "all.resid_post", batch_size=batch_size, progress=False)
     answers = model.generate_ids(contrast.prompts, OPENING, batch_size=batch_size)
     refused = [refuses(model.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
-    path = path or Path.of(model, answers, contrast)
+    path = path or Path.of(model, answers, contrast, vocab_size or model.layout.vocab_size)
     states = torch.stack([acts[site].float() for site in acts.sites])
     return Reading(states, torch.tensor(refused), path.logp(model)), path
 

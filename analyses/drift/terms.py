@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.scores import bca
+from probes.scores import bca, wilson
 
 TERMS = ("weight", "representation", "token", "behaviour")
 
@@ -55,10 +55,18 @@ def resamples(n: int, count: int, seed: int) -> Float[Tensor, "resample group"]:
     return times.scatter_add_(1, drawn, torch.ones_like(times))
 
 
-def halves(n: int, seed: int, count: int = HALVES) -> Bool[Tensor, "split group"]:
-    """Which groups are in the first of two random halves."""
+def halves(
+    strata: Int[Tensor, " group"], seed: int, count: int = HALVES
+) -> Bool[Tensor, "split group"]:
+    """Which groups are in the first of two random halves, which share each stratum evenly: topics
+    that have prompts of one class only are not all in one half."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, n, generator=generator).argsort(1) < n // 2
+    found = torch.zeros(count, len(strata), dtype=torch.bool)
+    for stratum in strata.unique():
+        own = (strata == stratum).nonzero().flatten()
+        order = torch.rand(count, len(own), generator=generator).argsort(1)
+        found[:, own] = order < len(own) // 2
+    return found
 
 
 def weight_term(
@@ -125,11 +133,16 @@ def behaviour_term(
     groups: Int[Tensor, " prompt"],
     null_95: float,
     *,
+    identical: bool = False,
     count: int,
     seed: int,
 ) -> Term:
     """Largest absolute change of the refusal rate of either class; resampled by topics, so that
-    prompts that both checkpoints answer alike say so."""
+    prompts that both checkpoints answer alike say so.
+
+    Where all topics agree, so that resamples all do, the limits are Wilson's for the share of
+    topics that changed; of `identical` models the change is known to be 0.
+    """
     n = int(groups.max()) + 1
     change = refused.double() - reference.double()
     sums = torch.zeros(2, n, dtype=torch.float64)
@@ -141,7 +154,14 @@ def behaviour_term(
     def largest(weights: Tensor) -> Tensor:
         return ((weights @ sums.T) / (weights @ counts.T)).abs().amax(1)
 
-    return joined(largest, n, null_95, count, seed)
+    found = joined(largest, n, null_95, count, seed)
+    if identical or found.high > found.low:
+        return found
+    share = (sums.sum(1) / counts.sum(1)).abs()
+    topics = (counts > 0).sum(1)
+    limits = [wilson(round(float(s) * int(k)), int(k)) for s, k in zip(share, topics, strict=True)]
+    low, high = (max(x) / null_95 for x in zip(*((i.low, i.high) for i in limits), strict=True))
+    return found._replace(low=low if found.value > 0 else 0.0, high=max(high, found.value))
 
 
 def joined(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from analyses.checkpoints import prompted_as
+from analyses.checkpoints import fits, prompted_as
 from analyses.drift import halves, terms
 from analyses.drift.halves import Null
 from analyses.drift.readings import Path, Reading, Weights, compare_weights, read
@@ -19,6 +19,9 @@ from probes.prompts import prompts_hash
 from probes.results import Record
 from probes.scores import bca, newcombe
 from probes.splits import FEW_GROUPS, codes
+
+METHOD = 2
+"""Raised when a term is defined otherwise, so that numbers kept in files are not mixed."""
 
 LEAST = 4
 """Topics that two random halves need, to hold two each."""
@@ -86,7 +89,9 @@ class Yardstick:
                 f"only {len(known)} topics: intervals over fewer than {FEW_GROUPS} are too narrow",
                 stacklevel=2,
             )
-        reading, path = given or read(reference, contrast)
+        size = min(base.layout.vocab_size, reference.layout.vocab_size)
+        fits(reference, size)
+        reading, path = given or read(reference, contrast, vocab_size=size)
         means = [reading.states[:, chosen].double().mean(1) for chosen in (positive, ~positive)]
         apart = (means[0] - means[1]).norm(dim=-1)
         if not bool((apart > 0).all()):
@@ -94,7 +99,7 @@ class Yardstick:
                 f"both classes have the same states in layer {int((apart == 0).nonzero()[0])} of "
                 f"{reference.name}: give prompts that differ between the classes"
             )
-        split = terms.halves(len(known), seed)
+        split = terms.halves(_strata(positive, groups), seed)
         direction = (means[0] - means[1]) / apart[:, None] ** 2
         along = torch.einsum("lpd,ld->lp", reading.states.double(), direction)
         said = halves.moves(
@@ -125,7 +130,9 @@ class Yardstick:
         change = (other.states - self.reading.states).double()
         along = torch.einsum("lpd,ld->lp", change, self.direction)
         size = min(self.reading.logp.shape[-1], other.logp.shape[-1])
-        ours, theirs = self.reading.logp[..., :size], other.logp[..., :size]
+        ours, theirs = self.reading.logp, other.logp
+        if size < ours.shape[-1]:  # a vocabulary smaller than base and reference share
+            ours = ours[..., :size].log_softmax(-1) * self.path.reached[..., None]
         moved = halves.moves(
             lambda rows, step: theirs[rows, step].exp() - ours[rows, step].exp(),
             self.path.reached,
@@ -141,7 +148,13 @@ class Yardstick:
             ),
             halves.token_term(moved, self.nulls[1], **options),
             terms.behaviour_term(
-                self.reading.refused, other.refused, positive, self.groups, self.nulls[2], **options
+                self.reading.refused,
+                other.refused,
+                positive,
+                self.groups,
+                self.nulls[2],
+                identical=not bool(weights.update.any()),
+                **options,
             ),
         )
         return Drift(
@@ -160,9 +173,10 @@ class Yardstick:
         touched = weights.alignment > 0
         update, alignment = float(weights.update.sum()), float(weights.alignment.sum())
         inside = float(weights.update[touched].sum())
-        kl = (ours.double().exp() * (ours - theirs).double()).sum(-1).sum(
-            1
-        ) / self.path.reached.sum(1)
+        kl = torch.zeros(len(ours), dtype=torch.float64)
+        for a, b in zip(ours.unbind(1), theirs.unbind(1), strict=True):  # a step at a time
+            kl += (a.double().exp() * (a - b).double()).sum(-1)
+        kl /= self.path.reached.sum(1).clamp_min(1)
         said: dict[str, tuple[float, float, float]] = {
             "relative weight change": _exact(math.sqrt(update / float(weights.reference.sum()))),
             "weight change over alignment's": _exact(math.sqrt(update / alignment)),
@@ -213,6 +227,16 @@ class Yardstick:
             engine=self.reference.engine.name,
             settings={"resamples": self.resamples, "topics": int(self.groups.max()) + 1},
         )
+
+
+def _strata(
+    positive: Bool[Tensor, " prompt"], groups: Int[Tensor, " prompt"]
+) -> Int[Tensor, " group"]:
+    """Which classes each topic has prompts of: 1 the negative, 2 the positive, 3 both."""
+    found = torch.zeros(int(groups.max()) + 1, dtype=torch.long)
+    found[groups[positive].unique()] += 2
+    found[groups[~positive].unique()] += 1
+    return found
 
 
 def _exact(value: float) -> tuple[float, float, float]:
