@@ -25,7 +25,7 @@ def test_over_rates_and_with_enough_groups_93_to_97_percent_are_covered() -> Non
     statistic."""
     promised = [f"wilson, rates 0.05 to 0.95, n {n}" for n in make_coverage.SIZES]
     for groups in make_coverage.ENOUGH:
-        kinds = ("mean", "auroc", "cluster F", "pooled share")
+        kinds = ("mean", "auroc", "cluster F", "pooled share", "drift term")
         promised += [f"{kind}, {groups} groups" for kind in kinds]
     for name in promised:
         assert 0.93 <= KNOWN[name] <= 0.97, (name, KNOWN[name])
@@ -35,7 +35,7 @@ def test_a_slice_repeats_the_table() -> None:
     again = make_coverage.table(60, first=10_000)
     assert again.keys() == KNOWN.keys()
     for name, share in again.items():
-        n = 30 if name.startswith(("mean", "cluster", "pooled")) else 60
+        n = 30 if name.startswith(("mean", "cluster", "pooled", "drift")) else 60
         slack = scores.wilson(round(share * n), n, level=0.9999)
         assert slack.low <= KNOWN[name] <= slack.high, (name, share, KNOWN[name])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from analyses.drift import halves
 from analyses.drift.between_topics import between, pairs_of, topic_weights
 from probes import scores
 
@@ -115,6 +116,26 @@ def cluster_covered(groups: int, seed: int, ratio: float = 0.5) -> bool:
     return float(found.low) <= ratio <= float(found.high)
 
 
+MOVED = 0.3
+"""How far the drift's mean moves, in units of the spread of a topic's own change."""
+
+
+def drift_covered(groups: int, seed: int) -> bool:
+    """Interval of a term of the drift ledger: the length of a mean change over topics, which noise
+    in the other dimensions only makes longer."""
+    generator = torch.Generator().manual_seed(seed)
+    change = torch.randn(groups, 12, generator=generator, dtype=torch.float64)
+    change[:, 0] += MOVED * 12**0.5
+    both = torch.tensor([True, False] * groups)
+    topics = torch.arange(groups).repeat_interleave(2)
+    made = halves.moves(
+        lambda rows, step: change[topics[rows]], torch.ones(2 * groups, 1).bool(), both, topics
+    )
+    null = halves.Null(torch.ones(2, dtype=torch.float64), 1.0)
+    found = halves.token_term(made, null, count=1000, seed=seed)
+    return found.low <= MOVED * 12**0.5 <= found.high
+
+
 def wilson_covered(rate: float, n: int, seed: int) -> bool:
     generator = torch.Generator().manual_seed(seed)
     found = scores.wilson(int((torch.rand(n, generator=generator) < rate).sum()), n)
@@ -138,6 +159,7 @@ def table(repeats: int, first: int = 0) -> dict[str, float]:
     for groups in ENOUGH:
         found[f"cluster F, {groups} groups"] = [cluster_covered(groups, s) for s in seeds[::2]]
         found[f"pooled share, {groups} groups"] = [share_covered(groups, s) for s in seeds[::2]]
+        found[f"drift term, {groups} groups"] = [drift_covered(groups, s) for s in seeds[::2]]
     for rate in RATES:
         for n in (40, 160):
             found[f"wilson, rate {rate}, n {n}"] = [wilson_covered(rate, n, s) for s in seeds]
