@@ -205,7 +205,7 @@ def test_lens_and_steering_show_and_save_themselves(tmp_path: Path) -> None:
     assert len(found.frame()) == len(found.layers) * 3
     assert "24 unrelated texts" in found.plot().get_title(loc="left")
     assert found.plot_share().get_ylabel() == "share of the top 6 tokens in the list"
-    steered = steer_by_difference(reference(), found, ["w1 w2"], draws=2, strengths=(1.0,),
+    steered = steer_by_difference(reference(), found, ["w1 w2"], strengths=(1.0,),
                                   layer=found.layers[-1], max_new_tokens=2)  # fmt: skip
     assert SteeredByDifference.load(steered.save(tmp_path / "steer")).hits == steered.hits
     assert len(steered.frame()) == 1
@@ -225,6 +225,66 @@ def test_mistakes_are_said() -> None:
         steer_by_difference(model, found, ["w1"], layer=9)
     with pytest.raises(ValueError, match="0 prompts"):
         steer_by_difference(model, found, [])
+
+
+def test_a_token_that_all_texts_share_does_not_dilute_the_null() -> None:
+    """Half differences are zero at <s>: counted as a share of 0 they would halve that null."""
+    tokens = tiny.tokenizer(bos=True)
+    a, b = (tiny_lineage.hooked(n, f, 1, tokenizer=tokens) for n, f in (("a", 1), ("b", None)))
+    many = tuple(f"w{i}" for i in range(70))
+    found = lens(a, b, words=many, top=20, draws=40)
+    assert not found.apart[:, :, 0].any() and found.apart[:, :, 1:].abs().sum(-1).all()
+    changed = found.share[1:, 0] > 0
+    assert changed.any()
+    first = found.null[:, 1:, 0]
+    assert first.min() > 0  # about a third of the vocabulary is in the list
+    assert float(first[20:].mean()) == pytest.approx(float(first[:20].mean()), abs=0.06)
+    assert "position 0 is one token in all texts: the null there is of isotropic" in found.notes[0]
+    plain = lens(*(tiny_lineage.hooked(n, f, 1) for n, f in (("a", 1), ("b", None))))
+    assert plain.notes == () and plain.apart.abs().sum(-1).all()
+    assert lens(reference(), reference()).null.shape == (20, 3, 3)
+    few = measure_difference(a, b, TEXTS[:5], positions=1)
+    assert few.notes[-1] == "Intervals rest on 5 texts; 20 are advised."
+
+
+def test_half_of_the_directions_steered_by_are_those_in_which_texts_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = lens(planted(3.0), reference(), draws=24)
+    added = []
+
+    def answered(_self: Any, given: Any, _n: int, *, steer: Any) -> list[str]:
+        (vector,) = steer.what.vectors.values()
+        added.append(vector.double().flatten())
+        return ["w1"] * len(given)
+
+    monkeypatch.setattr(HookedModel, "generate", answered)
+    steer_by_difference(reference(), found, ["w1"], layer=1 + 1, strengths=(4.0,), draws=24)
+    given = torch.stack(added[1:])
+    assert len(given) == 24
+    wanted = found.apart[:, 2, 1:].double().mean(1)
+    cosines = torch.nn.functional.cosine_similarity(given[:, None], wanted[None], dim=2).amax(1)
+    assert (cosines > 0.9999).tolist() == [True] * 12 + [False] * 12
+    assert cosines[12:].max() < 0.7
+    for texts, draws, said in ((found, 19, "19 random directions were asked: a null needs at"),
+                               (lens(planted(), reference()), 24, "with 20 draws has at most 21")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            steer_by_difference(reference(), texts, ["w1"], draws=draws, layer=2)
+
+
+def test_steering_has_a_record_of_its_own() -> None:
+    found = lens(planted(), reference())
+    model = reference()
+    one, other = (
+        steer_by_difference(model, found, [text], strengths=(1.0,), layer=2, max_new_tokens=1)
+        for text in ("w1 w2", "w3")
+    )
+    assert one.record.models == ("reference", *found.record.models)
+    assert one.record.fingerprints == (model.fingerprint, *found.record.fingerprints)
+    assert one.record.prompts_hash not in ("", found.record.prompts_hash, other.record.prompts_hash)
+    assert one.record.template_hash == model.template.hash
+    assert (one.record.dtype, one.record.seeds) == ("float32", (0,))
+    assert one.record.settings["lens"]["prompts_hash"] == found.record.prompts_hash
 
 
 @pytest.mark.slow

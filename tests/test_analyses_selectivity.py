@@ -225,7 +225,7 @@ def test_draws_are_averaged_and_a_null_effect_is_none(tmp_path: Path) -> None:
     assert contrasts["harm"].value == pytest.approx(
         float(top - found.values[rows, :24].mean()), abs=1e-5
     )
-    assert any("3 random subspaces were drawn" in note for note in found.notes)
+    assert any("drawn for each cell: 3; a claim needs 20" in note for note in found.notes)
     assert "top-k minus random at fraction 0.5" in str(found)
     aligned, V, U = triple()
     zero = Deltas("a", "a", U.shapes, lambda name: torch.zeros(U.shapes[name]), False)
@@ -304,7 +304,9 @@ def test_the_default_behaviours_spread_over_the_hazard_classes() -> None:
     assert [b.harmful for b in asked] == [True, False, False, False]
     classes = [topic.rpartition("-")[0] for topic in asked[0].groups]
     assert len(set(classes)) == 8
-    assert len({b.key for b in asked}) == 4
+    assert len({b.identity for b in asked}) == 4
+    assert [b.identity for b in asked] == [b.identity for b in behaviours(16, 10, 5)]
+    assert not {b.identity for b in asked} & {b.identity for b in behaviours(15, 9, 4)}
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from analyses.subspaces.activations_figure import whole_layers
 from probes import figures
 from probes.results import Result, check_finite
 from probes.scores import bca
-from probes.splits import FEW_GROUPS, twins
+from probes.splits import FEW_GROUPS, codes, twins
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,7 +177,9 @@ def measure_concept(
             f"topic {min(shared)!r} is in train and in test: subspaces are fitted on other topics "
             "than they are measured on"
         )
-    n_train, n_test = (len(pairs[part][0]) for part in ("train", "test"))
+    n_train = len(pairs["train"][0])
+    numbers, known = codes([topics[int(i)] for i in pairs["test"][0]])
+    n_test = len(known)
     if not 1 <= rank <= min(n_train // 2, reference.shape[2]):
         raise ValueError(
             f"rank {rank} was asked of {n_train} contrasts of width {reference.shape[2]}: give 1 "
@@ -185,8 +187,8 @@ def measure_concept(
         )
     if n_test < 3 or draws < 20:
         raise ValueError(
-            f"{n_test} test contrasts and {draws} draws of the null: an interval needs at least 3 "
-            "topics, a null at least 20 draws"
+            f"{n_test} test topics and {draws} draws of the null were given: an interval needs at "
+            "least 3 topics, a null at least 20 draws"
         )
     for model, x in activations.items():
         check_finite(x, f"the activations of {model}")
@@ -197,10 +199,12 @@ def measure_concept(
             )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n_test, (resamples, n_test), generator=generator)
-    boot = torch.zeros(resamples, n_test, dtype=torch.float64)
-    boot.scatter_add_(1, drawn, torch.ones_like(boot))
-    flips = torch.randint(2, (draws, n_test), generator=generator).double() * 2 - 1
-    apart = [_strangers(pairs["train"][1], generator) for _ in range(draws)]
+    counts = torch.zeros(resamples, n_test, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    # pairs of one topic come and go, and are turned round, together
+    boot, left = counts[:, numbers], 1 - torch.eye(n_test, dtype=torch.float64)[:, numbers]
+    flips = (torch.randint(2, (draws, n_test), generator=generator).double() * 2 - 1)[:, numbers]
+    apart = [_strangers(pairs["train"][1], topics, generator) for _ in range(draws)]
     found = {
         name: torch.zeros(len(models), n_layers, *((3,) if name in ("retained", "cosine") else ()))
         for name in _COLUMNS
@@ -224,7 +228,7 @@ def measure_concept(
             found["captured"][m, layer] = inside.sum() / total
             found["own"][m, layer] = within.sum() / total
             found["retained"][m, layer] = _limits(
-                lambda w, a=inside, b=within: (w @ a) / (w @ b), boot
+                lambda w, a=inside, b=within: (w @ a) / (w @ b), boot, left
             )
             found["null"][m, layer] = (random / within.sum()).quantile(0.95)
             gram = tested @ tested.T
@@ -236,10 +240,10 @@ def measure_concept(
                     return (w @ along) / length
 
                 if name == "cosine":
-                    found[name][m, layer] = _limits(cosine, boot)
+                    found[name][m, layer] = _limits(cosine, boot, left)
                     found["cosine_null"][m, layer] = cosine(flips).quantile(0.95)
                 else:
-                    found[name][m, layer] = cosine(torch.ones(n_test, dtype=torch.float64))
+                    found[name][m, layer] = cosine(torch.ones(len(numbers), dtype=torch.float64))
     notes = () if n_test >= FEW_GROUPS else (
         f"only {n_test} test topics: intervals over fewer than {FEW_GROUPS} are too narrow",
     )  # fmt: skip
@@ -268,9 +272,15 @@ def _pairs(labels: Tensor, topics: Sequence[str], rows: Tensor) -> tuple[Tensor,
     return rows[high], rows[low]
 
 
-def _strangers(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The rows in random pairs."""
-    order, half = rows[torch.randperm(len(rows), generator=generator)], len(rows) // 2
+def _strangers(
+    rows: Tensor, topics: Sequence[str], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The rows in random pairs, each of two topics: those of one topic stand together, and half of
+    all rows lies between the members of a pair."""
+    shuffled = rows[torch.randperm(len(rows), generator=generator)]
+    numbers, known = codes([topics[int(i)] for i in shuffled])
+    place = torch.randperm(len(known), generator=generator)[numbers]
+    order, half = shuffled[place.argsort(stable=True)], len(rows) // 2
     return order[:half], order[half : 2 * half]
 
 
@@ -281,9 +291,10 @@ def _differences(x: Tensor, pairs: tuple[Tensor, Tensor]) -> Float[Tensor, "pair
     return found
 
 
-def _limits(statistic, boot: Float[Tensor, "resample pair"]) -> Float[Tensor, " 3"]:
-    """Value and BCa limits of a statistic of weights over pairs."""
-    n = boot.shape[1]
-    ones = torch.ones(n, dtype=torch.float64)
-    left = statistic(1 - torch.eye(n, dtype=torch.float64))
-    return torch.stack([t.reshape(()) for t in bca(statistic(ones), statistic(boot), left)])
+def _limits(
+    statistic, boot: Float[Tensor, "resample pair"], left: Float[Tensor, "topic pair"]
+) -> Float[Tensor, " 3"]:
+    """Value and BCa limits of a statistic of weights over pairs; `left` leaves out each topic."""
+    value = statistic(torch.ones(boot.shape[1], dtype=torch.float64))
+    found = bca(value, statistic(boot), statistic(left))
+    return torch.stack([t.reshape(()) for t in found])

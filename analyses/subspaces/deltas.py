@@ -6,13 +6,14 @@ The alignment matrix is `difference(aligned, base)`, V = W_aligned - W_base; an 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from analyses.subspaces.adapters import LowRank
 from analyses.subspaces.sources import Source, Which, in_float, open_source
-from probes.results import check_finite
+from probes.results import Record, check_finite
 
 Change = Tensor | LowRank
 """The difference of one weight: a tensor in float32 or float64, or factors in float64."""
@@ -32,6 +33,13 @@ class Deltas:
     partial: bool = False
     """Whether only what adapters change is listed; all else is then equal."""
     notes: tuple[str, ...] = ()
+    identify: Callable[[], tuple[str, str]] | None = None
+    """Gives the fingerprints of both checkpoints; it reads their files, so only when asked."""
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """sha256 of minuend and subtrahend (see `sources.Source`); empty where none is known."""
+        return ("", "") if self.identify is None else self.identify()
 
     def __getitem__(self, name: str) -> Change:
         if name not in self.shapes:
@@ -72,7 +80,16 @@ def difference(minuend: Which, subtrahend: Which) -> Deltas:
         check_finite(found, f"{name} of {a.label} - {b.label}")
         return found
 
-    return Deltas(a.label, b.label, shapes, read, False, notes=tuple(notes))
+    return Deltas(a.label, b.label, shapes, read, False, False, tuple(notes), _identifies(a, b))
+
+
+def record_of(*given: Deltas, **settings: Any) -> Record:
+    """The checkpoints that the differences are made of, in order, each pair minuend first."""
+    return Record(
+        models=tuple(label for d in given for label in (d.minuend, d.subtrahend)),
+        fingerprints=tuple(found for d in given for found in d.fingerprints),
+        settings=settings,
+    )
 
 
 def together(*given: Deltas) -> list[str]:
@@ -121,7 +138,11 @@ def _factored(a: Source, b: Source) -> Deltas:
         zero = LowRank.zeros(*shapes[name])
         return a.adapter.get(name, zero).minus(b.adapter.get(name, zero))
 
-    return Deltas(a.label, b.label, shapes, read, True, a.partial)
+    return Deltas(a.label, b.label, shapes, read, True, a.partial, identify=_identifies(a, b))
+
+
+def _identifies(a: Source, b: Source) -> Callable[[], tuple[str, str]]:
+    return lambda: (a.fingerprint(), b.fingerprint())
 
 
 def _nothing(shape: tuple[int, ...]) -> Change:

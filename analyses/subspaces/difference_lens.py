@@ -68,7 +68,10 @@ class DifferenceLens(Result):
     """Share of the promoted tokens that are in `words`, 0 to 1."""
     null: Float[Tensor, "draw layer position"]
     """The same of random directions of equal norm: half of them isotropic, half differences
-    between random halves of the reference's texts."""
+    between random halves of the reference's texts (isotropic where all texts are one so far)."""
+    apart: Float[Tensor, "half layer position d_model"]
+    """Those differences between means of random halves, as they are; 0 where all texts are one."""
+    notes: tuple[str, ...] = ()
 
     @property
     def top(self) -> int:
@@ -208,12 +211,15 @@ def measure_difference(
     where = tuple(range(model.n_layers) if layers is None else layers)
     sites = [f"{layer}.resid_post" for layer in where]
     plain = [without_template(model), without_template(reference, model)]
-    short = [r for r in plain[0].template.render_all(list(texts)) if len(r.ids) < positions]
+    rendered = plain[0].template.render_all(list(texts))
+    short = [r for r in rendered if len(r.ids) < positions]
     if short or positions < 1:
         raise ValueError(
             f"{len(short)} texts have fewer than {positions} tokens, the first {short[0].text!r}"
             if short else f"{positions} positions were asked: give 1 or more"
         )  # fmt: skip
+    # a state is that of all tokens so far
+    alike = [len({r.ids[: place + 1] for r in rendered}) == 1 for place in range(positions)]
     read_texts = beginnings(plain[0].template, texts, positions)
     acts = [capture(m, read_texts, sites, f"tokens:0:{positions}", progress=False) for m in plain]
     generator = torch.Generator().manual_seed(seed)
@@ -227,7 +233,7 @@ def measure_difference(
     difference = torch.zeros(shape)
     relative = torch.zeros(*shape[:2], 3)
     halves, halves_null, share = (torch.zeros(shape[:2]) for _ in range(3))
-    null = torch.zeros(draws, *shape[:2])
+    null, apart = torch.zeros(draws, *shape[:2]), torch.zeros(draws // 2, *shape)
     promoted: list[list[tuple[str, ...]]] = [[] for _ in where]
     suppressed: list[list[tuple[str, ...]]] = [[] for _ in where]
     for i, site in enumerate(sites):
@@ -236,11 +242,11 @@ def measure_difference(
             x, h = a[:, place] - b[:, place], b[:, place]
             mean = x.mean(0)
             difference[i, place] = mean
-            isotropic = torch.randn(
-                (draws + 1) // 2, len(mean), generator=generator, dtype=torch.float64
-            )
-            anisotropic = torch.stack([h[c].mean(0) - h[~c].mean(0) for c in half[: draws // 2]])
-            random = torch.cat([isotropic, anisotropic])
+            random = torch.randn(draws, len(mean), generator=generator, dtype=torch.float64)
+            if not alike[place]:
+                found = torch.stack([h[c].mean(0) - h[~c].mean(0) for c in half[: draws // 2]])
+                apart[:, i, place] = found
+                random[draws - len(found) :] = found
             if not bool(x.any()):
                 promoted[i].append(())
                 suppressed[i].append(())
@@ -254,8 +260,7 @@ def measure_difference(
             promoted[i].append(strong[0])
             suppressed[i].append(weak[0])
             share[i, place] = hit[0]
-            # rows that hold no direction (one token in all texts) stay 0, and so do their shares
-            random = random / random.norm(dim=1, keepdim=True).clamp_min(1e-30) * mean.norm()
+            random = random / random.norm(dim=1, keepdim=True) * mean.norm()
             null[:, i, place] = read(random)[2]
     return DifferenceLens(
         model=model.label,
@@ -271,6 +276,8 @@ def measure_difference(
         words=tuple(words),
         share=share,
         null=null,
+        apart=apart,
+        notes=_notes(len(texts), sum(alike)),
         record=Record(
             models=(model.name, reference.name),
             fingerprints=(model.fingerprint, reference.fingerprint),
@@ -282,3 +289,16 @@ def measure_difference(
             settings={"positions": positions, "few": len(texts) < FEW_GROUPS},
         ),
     )
+
+
+def _notes(texts: int, alike: int) -> tuple[str, ...]:
+    notes = []
+    if alike:
+        where = "position 0 is" if alike == 1 else f"positions 0 to {alike - 1} are"
+        notes.append(
+            f"{where} one token in all texts: the null there is of isotropic directions alone, and "
+            "intervals and halves over texts say nothing there."
+        )
+    if texts < FEW_GROUPS:
+        notes.append(f"Intervals rest on {texts} texts; {FEW_GROUPS} are advised.")
+    return tuple(notes)

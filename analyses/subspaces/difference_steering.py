@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.figures import legend_below
@@ -12,9 +13,9 @@ from analyses.subspaces.difference_lens import DifferenceLens
 from analyses.subspaces.difference_reading import REFUSAL_WORDS
 from probes import figures
 from probes.model import HookedModel
-from probes.prompts import Prompt
+from probes.prompts import Prompt, prompts_hash
 from probes.refusals import refuses
-from probes.results import Result
+from probes.results import Record, Result
 from probes.scores import Interval, permutation_p, wilson
 from probes.sites import Site
 from steering.applied import Steering
@@ -47,7 +48,8 @@ class SteeredByDifference(Result):
     hits: tuple[int, ...]
     """Answers at each strength that open with a refusal or hold one of the words."""
     null: tuple[tuple[int, ...], ...]
-    """`null[strength][draw]`: the same of random directions of equal norm; at strength 0 no
+    """`null[strength][draw]`: the same of random directions of equal norm, half of them isotropic,
+    half differences between the means of random halves of the lens's texts; at strength 0 no
     direction is added and all equal `hits`."""
 
     def rate(self, strength: float) -> Interval:
@@ -144,12 +146,19 @@ def steer_by_difference(
 
     Added is the mean over positions from the second on (the first token of any text is a sink of
     great norm, and its difference is no direction of content). `layer` is that of the lens nearest
-    to two thirds of the depth. For a claim keep 20 `draws` of isotropic directions.
+    to two thirds of the depth. Half of the `draws` are directions in which texts differ, of which
+    the lens keeps half as many as it drew itself.
     """
-    if not prompts or not strengths or draws < 1:
+    if not prompts or not strengths:
         raise ValueError(
-            f"{len(prompts)} prompts, {len(strengths)} strengths and {draws} random directions "
-            "were given: give at least one of each"
+            f"{len(prompts)} prompts and {len(strengths)} strengths were given: give at least one "
+            "of each"
+        )
+    if not 20 <= draws <= 2 * len(lens.apart) + 1:
+        raise ValueError(
+            f"{draws} random directions were asked: a null needs at least 20, and a lens with "
+            f"{len(lens.null)} draws has at most {2 * len(lens.apart) + 1}, so measure it with as "
+            "many draws"
         )
     wanted = 2 * model.n_layers // 3 if layer is None else layer
     layer = min(lens.layers, key=lambda known: abs(known - wanted)) if layer is None else layer
@@ -160,8 +169,8 @@ def steer_by_difference(
             f"the difference has width {lens.difference.shape[2]}, {model.name} has "
             f"{model.d_model}: steer a checkpoint of the same model"
         )
-    own = lens.difference[lens.layers.index(layer)].double()
-    vector = own[1:].mean(0) if len(own) > 1 else own[0]
+    at = lens.layers.index(layer)
+    vector = _content(lens.difference[at].double())
     if not bool(vector.any()):
         raise ValueError(
             f"the difference at layer {layer} is exactly zero: choose a layer where "
@@ -169,6 +178,9 @@ def steer_by_difference(
         )
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(draws, len(vector), generator=generator, dtype=torch.float64)
+    between = _content(lens.apart[: draws // 2, at].double())
+    varied = between.any(1)  # not where the texts are one
+    random[: draws // 2][varied] = between[varied]
     random = random / random.norm(dim=1, keepdim=True) * vector.norm()
     known = {word.lower() for word in words}
     asked = list(prompts)
@@ -198,7 +210,27 @@ def steer_by_difference(
         words=tuple(words),
         hits=tuple(hits),
         null=tuple(null),
+        record=Record(
+            models=(model.name, *lens.record.models),
+            fingerprints=(model.fingerprint, *lens.record.fingerprints),
+            template_hash=model.template.hash,
+            prompts_hash=prompts_hash(model.template.render_all(asked)),
+            seeds=(seed,),
+            dtype=str(model.dtype).removeprefix("torch."),
+            engine=model.engine.name,
+            settings={
+                "layer": layer,
+                "max_new_tokens": max_new_tokens,
+                "draws": draws,
+                "lens": {"prompts_hash": lens.record.prompts_hash, "seeds": lens.record.seeds},
+            },
+        ),
     )
+
+
+def _content(states: Float[Tensor, "*row position d_model"]) -> Float[Tensor, "*row d_model"]:
+    """Mean over positions without the first, where there is another."""
+    return states[..., 1:, :].mean(-2) if states.shape[-2] > 1 else states[..., 0, :]
 
 
 def _count(answers: Sequence[str], words: set[str]) -> int:

@@ -3,7 +3,7 @@
 import copy
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,27 @@ import torch
 from torch import Tensor
 
 from analyses.subspaces.deltas import Deltas, changes, together
-from analyses.subspaces.projections import Of, Part, Subspace, dense, projection, seeded, square
+from analyses.subspaces.projections import (
+    Directions,
+    Of,
+    Part,
+    Subspace,
+    dense,
+    projection,
+    seeded,
+    square,
+)
 from analyses.subspaces.sources import open_folder
 from probes import files, names
 from probes.model import HookedModel
 from probes.state import state_of
+
+_WEIGHTS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"),
+    *(".npz", ".tflite", ".onnx_data"),
+}
+"""Endings of files that hold the weights as they were, in whatever form."""
+_INDICES = (".bin.index.json", ".h5.index.json", ".msgpack.index.json")
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,13 @@ class Projected:
     seed: int = 0
     """Of the random subspaces."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"a fraction of {self.fraction:g} was asked: give one above 0, at most 1 (25 % is "
+                "0.25)"
+            )
+
     def __str__(self) -> str:
         end = " matched" if self.matched else ""
         end += f" #{self.seed}" if self.subspace != "top-k" else ""
@@ -38,11 +61,12 @@ class Projected:
 
 
 def applied(
-    V: Deltas, U: Deltas, what: Projected | None
+    V: Deltas, U: Deltas, what: Projected | None, directions: Directions | None = None
 ) -> Iterator[tuple[str, Tensor, float, float]]:
     """Weight by weight what is added to the aligned model, with its squared norm and that of U.
 
     None adds the whole update, which gives the tuned model. Weights without a change are left out.
+    `directions` keeps decompositions of V for further calls with the same V.
     """
     for name, (v, u) in changes(together(V, U), V, U):
         UU = square(u)
@@ -60,12 +84,18 @@ def applied(
             of=what.of,
             matched=what.matched,
             generator=seeded(what.seed, name),
+            directions=directions,
+            name=name,
         )
         yield name, P, float(P.double().square().sum()), UU
 
 
 def edited_model(
-    aligned: HookedModel, V: Deltas, U: Deltas, what: Projected | None
+    aligned: HookedModel,
+    V: Deltas,
+    U: Deltas,
+    what: Projected | None,
+    directions: Directions | None = None,
 ) -> tuple[HookedModel, float]:
     """A copy of the aligned model with the projected update added, and E: the squared norm of what
     was added over that of the update.
@@ -76,7 +106,7 @@ def edited_model(
     held = state_of(model)
     added = whole = 0.0
     with torch.no_grad():
-        for name, P, PP, UU in applied(V, U, what):
+        for name, P, PP, UU in applied(V, U, what, directions):
             _add(held, name, P, aligned.name)
             added, whole = added + PP, whole + UU
     template = aligned.template if aligned.tokenizer is not None else None
@@ -89,6 +119,15 @@ def edited_model(
         name=f"{aligned.name} ({what or 'whole update'})",
     )
     return edited, added / whole if whole else 0.0
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a place where something is already."""
+    if folder.exists():
+        raise FileExistsError(
+            f"there is something at {folder} already, and a checkpoint is never written over: "
+            "give another folder, or remove it"
+        )
 
 
 def write_edited(
@@ -106,11 +145,7 @@ def write_edited(
     `projection.json`; tied weights get the edit of the one they are tied to.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(
-            f"there is something at {folder} already, and a checkpoint is never written over: "
-            "give another folder, or remove it"
-        )
+    check_new(folder)
     note: dict[str, Any] = {"alignment": str(V), "update": str(U), "applied": None}
     if what is not None:
         note["applied"] = asdict(what)
@@ -145,7 +180,8 @@ def _rewrite(
             "aligned checkpoint that the update starts from"
         )
     for path in folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.suffix != ".bin":
+        held_there = path.suffix in _WEIGHTS or path.name.endswith(_INDICES)
+        if path.is_file() and not held_there:
             shutil.copyfile(path, target / path.name)
     for shard in sorted(set(where.values())):
         with safe_open(folder / shard, "pt") as file:
@@ -163,15 +199,7 @@ def _rewrite(
 
 def _only(deltas: Deltas, wanted: set[str]) -> Deltas:
     shapes = {name: shape for name, shape in deltas.shapes.items() if name in wanted}
-    return Deltas(
-        deltas.minuend,
-        deltas.subtrahend,
-        shapes,
-        deltas.read,
-        deltas.factored,
-        deltas.partial,
-        deltas.notes,
-    )
+    return replace(deltas, shapes=shapes)
 
 
 def _add(held: Mapping[str, Tensor], name: str, P: Tensor, label: str) -> None:

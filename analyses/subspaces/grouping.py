@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,12 +15,43 @@ from probes.splits import codes
 By = Literal["everything", "layer", "kind", "tensor"]
 
 
+class Place(NamedTuple):
+    """Where a weight stands in its model."""
+
+    stack: str
+    """What the name has before the layer's number, where a model has several such stacks of layers
+    (vision and text, encoder and decoder); else empty."""
+    layer: int | None
+    kind: str
+    """Module type, with the stack in front where there are several."""
+
+    @property
+    def group(self) -> str:
+        """Name of the layer; a weight outside the layers is one of its own."""
+        if self.layer is None:
+            return self.kind
+        return f"{self.stack}.{self.layer}" if self.stack else str(self.layer)
+
+
 def place(tensor: str) -> tuple[int | None, str]:
     """Layer and module type of a weight: `model.layers.3.mlp.up_proj.weight` is (3,
-    "mlp.up_proj"), `model.norm.weight` is (None, "model.norm"). Biases keep their ending."""
-    short = tensor.removesuffix(".weight")
-    found = re.search(r"\.(\d+)\.", short)
-    return (int(found[1]), short[found.end() :]) if found else (None, short)
+    "mlp.up_proj"), `model.norm.weight` is (None, "model.norm"). Biases keep their ending.
+
+    Of a model with several stacks of layers two weights may have the same: see `places`.
+    """
+    _, layer, kind = _parted(tensor)
+    return layer, kind
+
+
+def places(tensors: Sequence[str]) -> list[Place]:
+    """The place of each weight of one model; no two weights have the same."""
+    parted = [_parted(name) for name in tensors]
+    if len({stack for stack, layer, _ in parted if layer is not None}) < 2:
+        return [Place("", layer, kind) for _, layer, kind in parted]
+    return [
+        Place(stack, layer, kind if layer is None else f"{stack}.{kind}")
+        for stack, layer, kind in parted
+    ]
 
 
 def grouped(tensors: Sequence[str], by: By) -> dict[str, list[int]]:
@@ -28,17 +59,25 @@ def grouped(tensors: Sequence[str], by: By) -> dict[str, list[int]]:
     if by not in ("everything", "layer", "kind", "tensor"):
         raise ValueError(f"unknown grouping {by!r}: choose everything, layer, kind or tensor")
     found: dict[str, list[int]] = {}
-    for i, name in enumerate(tensors):
-        layer, kind = place(name)
-        outside = "none" if layer is None else str(layer)
-        keys = {"everything": "all", "layer": outside, "kind": kind, "tensor": name}
+    for i, (name, at) in enumerate(zip(tensors, places(tensors), strict=True)):
+        outside = "none" if at.layer is None else at.group
+        keys = {"everything": "all", "layer": outside, "kind": at.kind, "tensor": name}
         found.setdefault(keys[by], []).append(i)
     return found
 
 
 def layers_of(tensors: Sequence[str]) -> list[str]:
     """The layer of each weight; one outside them is a layer of its own."""
-    return [kind if layer is None else str(layer) for layer, kind in map(place, tensors)]
+    return [at.group for at in places(tensors)]
+
+
+def _parted(tensor: str) -> tuple[str, int | None, str]:
+    """What a name has before the layer's number, the number, and what it has after it."""
+    short = tensor.removesuffix(".weight")
+    found = re.search(r"\.(\d+)\.", short)
+    if found is None:
+        return "", None, short
+    return short[: found.start()], int(found[1]), short[found.end() :]
 
 
 def ratio_over(

@@ -99,16 +99,32 @@ def joint(
 
 
 def halves_by_topic(topics: Mapping[str, Sequence[str]], splits: int, seed: int) -> Halves:
-    """Random halves of each set by whole topics, the same way for topics that sets share."""
+    """Random halves of each set by whole topics; a topic lies in the same half of every set that
+    has it.
+
+    Topics that stand in the same sets are halved among themselves. An odd one goes where fewer of
+    its sets' topics are, so that the halves of a set differ by few topics.
+    """
     generator = torch.Generator().manual_seed(seed)
-    known = sorted({t for own in topics.values() for t in own})
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for topic in sorted({t for own in topics.values() for t in own}):
+        alike.setdefault(tuple(name for name in topics if topic in topics[name]), []).append(topic)
+    if single := [name for name, own in topics.items() if len(set(own)) < 2]:
+        raise ValueError(f"{single[0]} has one topic only: halves by topic need at least 2")
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in topics}
     for _ in range(splits):
-        order = torch.randperm(len(known), generator=generator).tolist()
-        place = dict(zip(known, order, strict=True))
+        first: set[str] = set()
+        ahead = dict.fromkeys(topics, 0)  # topics that the first half of a set has too many
+        for sets, members in alike.items():
+            order = [members[i] for i in torch.randperm(len(members), generator=generator)]
+            take = len(order) // 2
+            if len(order) % 2:
+                more = sum(ahead[name] for name in sets) < 0
+                take += more
+                for name in sets:
+                    ahead[name] += 1 if more else -1
+            first.update(order[:take])
         for name, own in topics.items():
-            ranked = sorted(set(own), key=place.__getitem__)
-            first = set(ranked[: len(ranked) // 2])
             inside = torch.tensor([t in first for t in own])
             found[name].append((inside.nonzero().flatten(), (~inside).nonzero().flatten()))
     return found

@@ -1,9 +1,9 @@
-"""The panels of `alignlens subspace`: what each measures on a lineage, and with how many prompts."""
+"""The panels of `alignlens subspace`: what each measures on a lineage of loaded models."""
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,42 +18,13 @@ from analyses.subspaces.difference_reading import REFUSAL_WORDS
 from analyses.subspaces.difference_steering import steer_by_difference
 from analyses.subspaces.erasure import measure_erasure
 from analyses.subspaces.geometry import measure_geometry
+from analyses.subspaces.panel import Panel, Say, Size, folder_names
 from probes import datasets
 from probes.capturing import capture
 from probes.contrast import Contrast
 from probes.model import HookedModel
 from probes.prompts import prompts_hash
-from probes.results import Record, Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Size:
-    """How many topics and texts are used; asked for, these are upper limits."""
-
-    train: int = 60
-    """Topics that subspaces and erasers are fitted on."""
-    validation: int = 40
-    """Topics the probes of the erasure are fitted on."""
-    test: int = 60
-    """Topics every figure is measured on, and prompts of the general set."""
-    texts: int = 40
-    """Unrelated texts of the difference lens."""
-    asked: int = 6
-    """Neutral prompts answered under steering."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One result with its name and figures."""
-
-    name: str
-    result: Result
-    figures: dict[str, "Axes"] = field(default_factory=dict)
+from probes.results import Record
 
 
 @dataclass(frozen=True)
@@ -101,15 +72,9 @@ def capture_lineage(
         sites = [f"{layer}.resid_post" for layer in layers]
         acts = capture(item.model, everyone, sites, progress=False)
         activations[item.label] = torch.stack([acts[site].float() for site in sites])
-    template = loaded.aligned.template
-    record = Record(
-        models=tuple(item.model.name for item in loaded.items),
-        fingerprints=tuple(item.model.fingerprint for item in loaded.items),
-        template_hash=template.hash,
-        prompts_hash=prompts_hash(template.render_all(everyone)),
-        seeds=(seed,),
-        dtype=str(loaded.aligned.dtype).removeprefix("torch."),
-        engine=loaded.aligned.engine.name,
+    record = dataclasses.replace(
+        described_as_loaded(loaded, seed),
+        prompts_hash=prompts_hash(loaded.aligned.template.render_all(everyone)),
         settings={"layers": layers, **{p: len(c) // 2 for p, c in parts.items()}},
     )
     return Lineage(loaded, layers, parts, classes, activations, record)
@@ -184,7 +149,8 @@ def erasure_panels(lineage: Lineage, seed: int, say: Say) -> list[Panel]:
             model=label,
             seed=seed,
         )
-        panels.append(Panel(f"erasure-{label}", found, {"erasure": found.plot()}))
+        name = f"erasure-{folder_names(list(lineage.activations))[label]}"
+        panels.append(Panel(name, found, {"erasure": found.plot()}))
     return panels
 
 
@@ -205,12 +171,13 @@ def lens_panels(
     pairs = [(aligned, base), *((item.model, aligned) for item in loaded.drifted)]
     if again is not None:
         pairs.append((again, aligned))
+    folders = folder_names([model.label for model, _ in pairs])
     panels, first = [], None
     for model, reference in pairs:
         say(f"difference lens {model.label} - {reference.label}")
         found = measure_difference(model, reference, texts, layers=layers, words=words, seed=seed)
         first = first or found
-        name = "lens-" + ("seed-" if model is again else "") + model.label
+        name = "lens-" + ("seed-" if model is again else "") + folders[model.label]
         panels.append(Panel(name, found, {"difference": found.plot(), "words": found.plot_share()}))
     assert first is not None
     where = min(layers, key=lambda layer: abs(layer - 2 * aligned.n_layers // 3))
@@ -224,27 +191,16 @@ def lens_panels(
     return panels
 
 
-def weight_panels(base: str, aligned: str, tuned: Sequence[str], say: Say) -> list[Panel]:
-    """Energy of each update in the alignment's subspaces, and the overlap of both."""
-    from analyses.subspaces.deltas import difference
-    from analyses.subspaces.projection_energy import projection_energy
-    from analyses.subspaces.weights import weight_overlap
-
-    V = difference(aligned, base)
-    panels = []
-    for name in tuned:
-        U = difference(name, aligned)
-        say(f"weights of {U}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            energy = projection_energy(V, U, progress=False)
-            overlap = weight_overlap(V, U, progress=False)
-        label = U.minuend
-        panels += [
-            Panel(f"weights-energy-{label}", energy, {"energy": energy.plot()}),
-            Panel(f"weights-overlap-{label}", overlap, {"overlap": overlap.plot()}),
-        ]
-    return panels
+def described_as_loaded(loaded: Checkpoints, seed: int) -> Record:
+    """What is known of the models before anything is measured on them."""
+    return Record(
+        models=tuple(item.model.name for item in loaded.items),
+        fingerprints=tuple(item.model.fingerprint for item in loaded.items),
+        template_hash=loaded.aligned.template.hash,
+        seeds=(seed,),
+        dtype=str(loaded.aligned.dtype).removeprefix("torch."),
+        engine=loaded.aligned.engine.name,
+    )
 
 
 def load(base: str, aligned: str, tuned: Sequence[str], **options: Any) -> Checkpoints:

@@ -7,6 +7,7 @@ the released code: (<U, V> / <V, V>) V. A fraction of 1 therefore does not keep 
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from analyses.subspaces import bases
 from analyses.subspaces.adapters import LowRank
 from analyses.subspaces.deltas import Change
-from analyses.subspaces.svd import LeftSvd, left_svd, matrix_of
+from analyses.subspaces.svd import left_svd, matrix_of
 
 Subspace = Literal["top-k", "random-k", "random"]
 """The k strongest left singular vectors of V; k of them drawn at random; or k of a Gaussian matrix
@@ -31,20 +32,53 @@ Of = Literal["size", "rank"]
 """What a fraction is of: min(m, n), as in the paper, or the numerical rank of V."""
 
 
+class Directions:
+    """All left singular vectors of the weights of one V, decomposed once while they fit in memory.
+
+    What was kept first stays: weights are asked for in one order again and again, and of a full
+    store that drops the oldest nothing would ever be found. Ranks are all kept.
+    """
+
+    def __init__(self, limit: int = 2**30) -> None:
+        self.limit = limit
+        """Bytes of singular vectors kept."""
+        self._vectors: dict[str, Tensor] = {}
+        self._ranks: dict[str, int] = {}
+        self._held = 0
+
+    def vectors(self, name: str, V: Change) -> Float[Tensor, "m k"]:
+        """Those of the weight of this name, strongest first, float64."""
+        if name in self._vectors:
+            return self._vectors[name]
+        found = left_svd(V, method="exact").vectors
+        self._ranks[name] = found.shape[1]
+        if self._held + found.nbytes <= self.limit:
+            # of its own: a view would keep what it was cut from
+            self._vectors[name] = found.clone()
+            self._held += found.nbytes
+        return found
+
+    def rank(self, name: str, V: Change) -> int:
+        """How many there are."""
+        if name not in self._ranks:
+            self.vectors(name, V)
+        return self._ranks[name]
+
+
 def is_scalar(change: Change, fraction: float) -> bool:
     """Whether this weight is projected onto V itself."""
     return not 0 < fraction < 1 or len(change.shape) != 2
 
 
-def width(fraction: float, svd: LeftSvd, shape: tuple[int, ...], of: Of = "size") -> int:
+def width(fraction: float, rank: int, shape: Sequence[int], of: Of = "size") -> int:
     """Dimension k of the subspace: max(1, round(fraction * min(m, n))), at most the rank of V.
 
     Beyond the rank, singular vectors are arbitrary: an alignment by LoRA of rank 8 has eight.
     """
     if of not in ("size", "rank"):
         raise ValueError(f"a fraction of {of!r} was asked: choose 'size' or 'rank'")
-    whole = min(shape) if of == "size" else svd.vectors.shape[1]
-    return min(max(1, round(fraction * whole)), svd.vectors.shape[1])
+    whole = min(shape) if of == "size" else rank
+    return min(max(1, round(fraction * whole)), rank)
 
 
 def projection(
@@ -57,13 +91,14 @@ def projection(
     of: Of = "size",
     matched: bool = False,
     generator: torch.Generator | None = None,
-    svd: LeftSvd | None = None,
+    directions: Directions | None = None,
+    name: str = "",
 ) -> Float[Tensor, "*shape"]:
     """What is applied to one aligned weight, multiplied out, in float32.
 
     `matched` rescales it to the norm of U, so that two subspaces compare at equal size. `generator`
-    draws the random ones (see `seeded`); `svd` is that of V where it is known. Zero where U or V
-    is zero: there is no subspace then.
+    draws the random ones (see `seeded`); `directions` keeps the decomposition of V, under `name`,
+    from one call to the next. Zero where U or V is zero: there is no subspace then.
     """
     if subspace not in SUBSPACES or part not in ("parallel", "orthogonal", "opposite"):
         raise ValueError(
@@ -86,14 +121,18 @@ def projection(
             onto = torch.randn(update.shape, dtype=torch.float64, generator=generator)
         P = (update * onto).sum() / onto.square().sum() * onto
     else:
-        svd = left_svd(V, method="exact") if svd is None else svd
-        k = width(fraction, svd, tuple(V.shape), of)
-        Q = svd.vectors[:, :k]
-        if subspace == "random-k":
-            Q = svd.vectors[:, torch.randperm(svd.vectors.shape[1], generator=generator)[:k]]
-        elif subspace == "random":
+        known = directions or Directions()
+        if subspace == "random":
             assert generator is not None
+            k = width(fraction, known.rank(name, V), V.shape, of)
             Q = bases.haar(V.shape[0], k, generator)
+        else:
+            every = known.vectors(name, V)
+            r = every.shape[1]
+            order = torch.arange(r)
+            if subspace == "random-k":
+                order = torch.randperm(r, generator=generator)
+            Q = every[:, order[: width(fraction, r, V.shape, of)]]
         P = Q @ (Q.T @ update)
     applied = {"parallel": P, "orthogonal": update - P, "opposite": -P}[part]
     if matched and applied.any():

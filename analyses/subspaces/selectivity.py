@@ -20,17 +20,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.subspaces.deltas import Deltas, together
+from analyses.subspaces.deltas import Deltas, record_of, together
 from analyses.subspaces.edited import Projected, edited_model
 from analyses.subspaces.projection_energy import FRACTIONS
-from analyses.subspaces.projections import SUBSPACES, Of, Part, Subspace, square
-from analyses.subspaces.selectivity_result import ENDS, Selectivity
+from analyses.subspaces.projections import SUBSPACES, Directions, Of, Part, Subspace, square
+from analyses.subspaces.selectivity_result import DRAWS, ENDS, Selectivity
 from probes import datasets, files
 from probes.model import HookedModel
 from probes.progress import progress as show
 from probes.results import Record, check_finite
+from steering.cells import measure_key, refuse_edits
 from steering.costs import mistakes, text_log_perplexity
 from steering.effects import refusals
+
+PARTS: tuple[Part, ...] = ("parallel", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,13 @@ class Behaviour:
     harmful: bool
     """Whether it is a behaviour on harmful requests (else a useful one)."""
     key: str = ""
-    """What tells its prompts from others; a folder of another key is not taken up again."""
+    """Adds to what tells the measure from others. Its code, what it closes over and what `partial`
+    puts into it are seen already; what a function reads from its module is not."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides the values on a given model; a folder of another is refused."""
+        return _hash([self.name, self.key, self.groups, measure_key(self.measure)])
 
 
 def behaviours(topics: int = 24, questions: int = 60, texts: int = 24) -> tuple[Behaviour, ...]:
@@ -72,30 +81,46 @@ def behaviours(topics: int = 24, questions: int = 60, texts: int = 24) -> tuple[
             partial(refusals, what=None, prompts=harmful),
             names,
             True,
-            _hash(harmful),
         ),
         Behaviour(
             "harmless twins refused (share)",
             partial(refusals, what=None, prompts=harmless),
             names,
             False,
-            _hash(harmless),
         ),
         Behaviour(
             "questions answered correctly (share)",
             lambda model: 1 - mistakes(model, None, asked),
             tuple(str(i) for i in range(len(asked))),
             False,
-            _hash(asked),
         ),
         Behaviour(
             "log-perplexity of text (nats per token)",
             partial(text_log_perplexity, what=None, texts=read),
             tuple(str(i) for i in range(len(read))),
             False,
-            _hash(read),
         ),
     )
+
+
+def cells_of(
+    fractions: Sequence[float] = FRACTIONS,
+    subspaces: Sequence[Subspace] = SUBSPACES,
+    parts: Sequence[Part] = PARTS,
+    matched: Sequence[bool] = (False, True),
+    of: Of = "size",
+    draws: int = 1,
+    seed: int = 0,
+) -> list[Projected]:
+    """What `selectivity` measures beside the two ends."""
+    return [
+        Projected(fraction, subspace, part, of, match, seed + draw)
+        for part in parts
+        for match in matched
+        for subspace in subspaces
+        for fraction in fractions
+        for draw in range(1 if subspace == "top-k" else draws)
+    ]
 
 
 def selectivity(
@@ -107,7 +132,7 @@ def selectivity(
     *,
     fractions: Sequence[float] = FRACTIONS,
     subspaces: Sequence[Subspace] = SUBSPACES,
-    parts: Sequence[Part] = ("parallel", "orthogonal"),
+    parts: Sequence[Part] = PARTS,
     matched: Sequence[bool] = (False, True),
     of: Of = "size",
     draws: int = 1,
@@ -118,19 +143,14 @@ def selectivity(
 
     Each cell is one edited copy of the model, measured and thrown away; its numbers are written to
     `folder` at once, and the same call goes on where an earlier one stopped. A folder of another
-    question is refused. `measured` defaults to `behaviours()`. Memory: two models.
+    question is refused. `measured` defaults to `behaviours()`. Memory: two models, and at most 1 GiB
+    of singular vectors of V.
     """
+    refuse_edits(aligned, "selectivity")
     asked = behaviours() if measured is None else tuple(measured)
     _check(asked, fractions, draws)
     folder = Path(folder)
-    cells = [
-        Projected(fraction, subspace, part, of, match, seed + draw)
-        for part in parts
-        for match in matched
-        for subspace in subspaces
-        for fraction in fractions
-        for draw in range(1 if subspace == "top-k" else draws)
-    ]
+    cells = cells_of(fractions, subspaces, parts, matched, of, draws, seed)
     identity = _identity(aligned, V, U, asked)
     question = folder / "question.json"
     if question.is_file() and json.loads(question.read_text()) != identity:
@@ -138,11 +158,12 @@ def selectivity(
             f"{folder} holds cells of another model, update or set of prompts: give an empty folder"
         )
     files.write_json(question, identity)
+    directions = Directions()
     rows: list[list[float]] = []
     energies: list[float] = []
     with show(len(cells) + 2, f"selectivity of {V}", progress) as done:
         for what in (*ENDS, *cells):
-            found = _cell(aligned, V, U, what, asked, folder)
+            found = _cell(aligned, V, U, what, asked, folder, directions)
             energies.append(found["energy"])
             rows.append([x for b in asked for x in found["values"][b.name]])
             done(1)
@@ -152,8 +173,11 @@ def selectivity(
             notes.append(
                 f"{b.name}: intervals rest on {len(set(b.groups))} topics; 20 are advised."
             )
-    if draws < 20:
-        notes.append(f"{draws} random subspaces were drawn a cell; a claim needs 20.")
+    if draws < DRAWS:
+        notes.append(
+            f"Random subspaces drawn for each cell: {draws}; a claim needs {DRAWS}, so none is made."
+        )
+    made = record_of(V, U)
     return Selectivity(
         alignment=str(V),
         update=str(U),
@@ -168,10 +192,14 @@ def selectivity(
         draws=draws,
         notes=tuple(notes),
         record=Record(
-            models=(aligned.name, str(V), str(U)),
-            fingerprints=(aligned.fingerprint,),
+            models=(aligned.name, *made.models),
+            fingerprints=(aligned.fingerprint, *made.fingerprints),
+            template_hash=_template(aligned),
+            prompts_hash=_hash([b.identity for b in asked]),
             seeds=(seed,),
+            dtype=str(aligned.dtype).removeprefix("torch."),
             engine=aligned.engine.name,
+            settings={"of": of, "draws": draws, "behaviours": [b.name for b in asked]},
         ),
     )
 
@@ -183,6 +211,7 @@ def _cell(
     what: Projected | str,
     asked: Sequence[Behaviour],
     folder: Path,
+    directions: Directions,
 ) -> dict[str, Any]:
     """Numbers of one cell, or of an end, read from the folder or measured and written there."""
     of = f" of {what.of}" if isinstance(what, Projected) else ""
@@ -191,7 +220,8 @@ def _cell(
         return json.loads(path.read_text())
     model, energy = aligned, 0.0
     if what != ENDS[0]:
-        model, energy = edited_model(aligned, V, U, what if isinstance(what, Projected) else None)
+        part = what if isinstance(what, Projected) else None
+        model, energy = edited_model(aligned, V, U, part, directions)
     values = {}
     for b in asked:
         found = b.measure(model)
@@ -213,11 +243,15 @@ def _identity(
     listed = together(V, U)
     sizes = [sum(square(d[name]) for name in listed if name in d.shapes) for d in (V, U)]
     return {
-        "aligned": aligned.fingerprint,
-        "differences": [str(V), str(U)],
+        "aligned": [aligned.fingerprint, str(aligned.dtype), _template(aligned)],
+        "differences": [str(V), str(U), *V.fingerprints, *U.fingerprints],
         "squared norms": [f"{size:.12g}" for size in sizes],
-        "behaviours": [[b.name, b.key, _hash(b.groups)] for b in asked],
+        "behaviours": [[b.name, b.identity] for b in asked],
     }
+
+
+def _template(model: HookedModel) -> str:
+    return "" if model.tokenizer is None else model.template.hash
 
 
 def _check(asked: Sequence[Behaviour], fractions: Sequence[float], draws: int) -> None:

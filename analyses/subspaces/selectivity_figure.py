@@ -37,7 +37,7 @@ def draw(
             ]
             # side by side, so that no interval hides another
             shift = (i - 1) * 0.012
-            error = [[v.value - v.low for v in shown], [v.high - v.value for v in shown]]
+            error = _errors(shown)
             ax.errorbar(
                 [f + shift for f in result.fractions],
                 [v.value for v in shown],
@@ -112,9 +112,7 @@ def draw_tradeoff(
 def _crosses(ax: "Axes", points: Sequence[tuple[Interval, Interval]], **look: Any) -> None:
     """Marks with both their intervals, drawn thin."""
     across, up = zip(*points, strict=True)
-    errors = [
-        [[v.value - v.low for v in side], [v.high - v.value for v in side]] for side in (across, up)
-    ]
+    errors = [_errors(side) for side in (across, up)]
     drawn = ax.errorbar(
         [v.value for v in across],
         [v.value for v in up],
@@ -126,6 +124,12 @@ def _crosses(ax: "Axes", points: Sequence[tuple[Interval, Interval]], **look: An
     )
     for bar in drawn[2]:
         bar.set_alpha(0.4)
+
+
+def _errors(shown: Sequence[Interval]) -> list[list[float]]:
+    """Distances to the limits; a bootstrap of few, skewed values may leave its own mean outside."""
+    below = [max(0.0, v.value - v.low) for v in shown]
+    return [below, [max(0.0, v.high - v.value) for v in shown]]
 
 
 def figure(result: "Selectivity", *, matched: bool = False) -> "Figure":

@@ -1,21 +1,24 @@
 """What `selectivity` finds: behaviour of edited models, with intervals and contrasts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.subspaces.grouping import ratio_over
 from analyses.subspaces.projections import Part, Subspace
+from analyses.subspaces.selectivity_intervals import difference, mean
 from probes.results import Result
-from probes.scores import Interval, wilson
+from probes.scores import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+DRAWS = 20
+"""Random subspaces that a claim needs."""
 
 ENDS = ("aligned", "tuned")
 """The first two rows of every result: nothing added, and the whole update added."""
@@ -56,25 +59,19 @@ class Selectivity(Result):
         return found
 
     def value(self, rows: int | Sequence[int], behaviour: str) -> Interval:
-        """Mean over prompts (and draws) with its 95 % interval: Wilson's where every prompt is a
-        topic of its own and the values are 0 or 1, else BCa over topics."""
-        values, groups = self._of(rows, behaviour)
-        single = isinstance(rows, int) or len(rows) == 1
-        if (
-            single
-            and len(set(groups)) == len(groups)
-            and bool(((values == 0) | (values == 1)).all())
-        ):
-            return wilson(int(values.sum()), len(values))
-        return _bootstrap(values, groups)
+        """Mean over prompts (and draws) with its 95 % interval over topics
+        (`selectivity_intervals.mean`)."""
+        return mean(*self._of(rows, behaviour))
 
     def change(
         self, rows: int | Sequence[int], behaviour: str, other: int | Sequence[int] = 0
     ) -> Interval:
         """Mean minus that of other rows (the aligned model) on the same prompts, with its paired
-        BCa interval over topics."""
+        95 % interval over topics (`selectivity_intervals.difference`); exactly 0 for one model."""
         values, groups = self._of(rows, behaviour)
-        return _bootstrap(values - self._of(other, behaviour)[0], groups)
+        rest = self._of(other, behaviour)[0]
+        same = _list(rows) == _list(other) or not self.energy[_list(rows) + _list(other)].any()
+        return Interval(0.0, 0.0, 0.0) if same else difference(values, rest, groups)
 
     def selective(
         self, fraction: float, part: Part = "parallel", *, matched: bool = True
@@ -86,36 +83,74 @@ class Selectivity(Result):
         top, random = (self.rows(s, fraction, part, matched) for s in ("top-k", "random"))
         return {name: self.change(top, name, random) for name in self.behaviours}
 
+    def spread(
+        self, behaviour: str, fraction: float, part: Part = "parallel", *, matched: bool = True
+    ) -> float:
+        """95th percentile of how far one random subspace lies from the mean of the others, either
+        way: what top-k minus random is where top-k is nothing special. NaN with one draw."""
+        values, _ = self._of(self.rows("random", fraction, part, matched), behaviour)
+        each = values.mean(1)
+        n = len(each)
+        if n < 2:
+            return math.nan
+        # from the mean of the others: n / (n - 1) times as far as from that of all
+        return float(((each - each.mean()) * n / (n - 1)).abs().quantile(0.95))
+
+    def claimed(
+        self, behaviour: str, fraction: float, part: Part = "parallel", *, matched: bool = True
+    ) -> bool:
+        """Whether top-k differs from random subspaces: the interval of top-k minus random lies
+        beyond `spread`, on either side. Never with fewer than 20 draws; a note says so."""
+        if len(self.rows("random", fraction, part, matched)) < DRAWS:
+            return False
+        found = self.selective(fraction, part, matched=matched)[behaviour]
+        beyond = self.spread(behaviour, fraction, part, matched=matched)
+        return found.low > beyond or found.high < -beyond
+
     def frame(self) -> "pd.DataFrame":
-        """One row per cell and behaviour, the ends first; draws are averaged."""
+        """One row per cell and behaviour, the ends first; draws are averaged. Rows of top-k have
+        top-k minus random, and whether it is claimed, where both were measured."""
         import pandas as pd
 
-        found, rows = {("aligned",): [0], ("tuned",): [1]}, []
-        for i, cell in enumerate(self.cells):
-            key = tuple(cell[k] for k in ("part", "subspace", "fraction", "matched"))
-            found.setdefault(key, []).append(i + 2)
-        for key, members in found.items():
-            part, subspace, fraction, matched = (*key, None, None, None)[:4]
+        ends = [(name, None, None, None, [row]) for row, name in enumerate(ENDS)]
+        cells = dict.fromkeys(
+            (c["part"], c["subspace"], c["fraction"], c["matched"]) for c in self.cells
+        )
+        found = [(*key, self.rows(key[1], key[2], key[0], key[3])) for key in cells]
+        rows = []
+        for part, subspace, fraction, matched, members in [*ends, *found]:
+            contrasted = subspace == "top-k" and (part, "random", fraction, matched) in cells
             for name in self.behaviours:
                 value, change = self.value(members, name), self.change(members, name)
-                rows.append(
-                    {
-                        "applied": part,
-                        "subspace": subspace,
-                        "fraction": fraction,
-                        "matched": matched,
-                        "energy": float(self.energy[members].mean()),
-                        "behaviour": name,
-                        "value": value.value,
-                        "low": value.low,
-                        "high": value.high,
-                        "change": change.value,
-                        "change_low": change.low,
-                        "change_high": change.high,
-                        "draws": len(members),
-                    }
-                )
+                row = {
+                    "applied": part,
+                    "subspace": subspace,
+                    "fraction": fraction,
+                    "matched": matched,
+                    "energy": float(self.energy[members].mean()),
+                    "behaviour": name,
+                    "value": value.value,
+                    "low": value.low,
+                    "high": value.high,
+                    "change": change.value,
+                    "change_low": change.low,
+                    "change_high": change.high,
+                    "draws": len(members),
+                }
+                if contrasted:
+                    row |= self._contrast(name, fraction, part, matched)
+                rows.append(row)
         return pd.DataFrame(rows)
+
+    def _contrast(self, name: str, fraction: float, part: Part, matched: bool) -> dict[str, Any]:
+        d = self.selective(fraction, part, matched=matched)[name]
+        return {
+            "minus_random": d.value,
+            "minus_random_low": d.low,
+            "minus_random_high": d.high,
+            "random_95": self.spread(name, fraction, part, matched=matched),
+            "claimed": self.claimed(name, fraction, part, matched=matched),
+        }
 
     def plot(
         self,
@@ -147,6 +182,7 @@ class Selectivity(Result):
         part, matched = max(kinds, key=lambda kind: (kind[0] == "parallel", kind[1]))
         said = [
             f"{name} {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+            + (" (claimed)" if self.claimed(name, fraction, part, matched=matched) else "")
             for name, d in self.selective(fraction, part, matched=matched).items()
         ]
         return (
@@ -155,18 +191,19 @@ class Selectivity(Result):
             f"{'; '.join(said)}"
         )
 
-    def _of(self, rows: int | Sequence[int], behaviour: str) -> tuple[Tensor, tuple[str, ...]]:
-        """Mean over the rows of each prompt's value, and the prompts' topics."""
+    def _of(
+        self, rows: int | Sequence[int], behaviour: str
+    ) -> tuple[Float[Tensor, "row prompt"], tuple[str, ...]]:
+        """The values of each prompt in the rows, and the prompts' topics."""
         if behaviour not in self.behaviours:
             raise ValueError(
                 f"unknown behaviour {behaviour!r}: measured were {', '.join(self.behaviours)}"
             )
         b = self.behaviours.index(behaviour)
         start = sum(len(g) for g in self.groups[:b])
-        chosen = [rows] if isinstance(rows, int) else list(rows)
-        values = self.values[chosen, start : start + len(self.groups[b])].double().mean(0)
+        values = self.values[_list(rows), start : start + len(self.groups[b])].double()
         return values, self.groups[b]
 
 
-def _bootstrap(values: Tensor, groups: Sequence[str]) -> Interval:
-    return ratio_over(values, torch.ones_like(values), groups)
+def _list(rows: int | Sequence[int]) -> list[int]:
+    return [rows] if isinstance(rows, int) else list(rows)

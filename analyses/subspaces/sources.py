@@ -5,7 +5,8 @@ Names are those of the checkpoint's own files, or of the model's state dict.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,51 +48,70 @@ class Source:
     """Weight left out -> the weight it is the same as."""
     skipped: int = 0
     """Tensors that hold no floating-point numbers."""
+    identify: Callable[[], str | None] = lambda: None
+    embedding: str = ""
+    """The input embedding that output embeddings are tied to; empty where they are not."""
+
+    def fingerprint(self) -> str:
+        """sha256 over config, tokenizer, weight files and adapter, or, in memory, over the state
+        dict (`probes.names`); the files are read."""
+        return self.identify() or ""
 
 
 def open_source(which: Which) -> Source:
     """Open a checkpoint without reading its weights (those of an adapter are read)."""
     if isinstance(which, HookedModel):
-        return _memory(which.model, which.label)
+        return _memory(which.model, which.label, lambda: which.fingerprint)
     if isinstance(which, nn.Module):
-        return _memory(which, type(which).__name__)
+        memory = partial(names.fingerprint_memory, which, None)
+        return _memory(which, type(which).__name__, memory)
     folder = Path(which).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         adapter, base = read_lora(folder)
         shapes = {name: update.shape for name, update in adapter.items()}
-        return Source(folder.name, base, shapes, _none, adapter=adapter, partial=True)
+        alone = partial(_hashed, folder)
+        return Source(
+            folder.name, base, shapes, _none, adapter=adapter, partial=True, identify=alone
+        )
     parsed = names.parse(str(which))
     if parsed.gguf:
         raise ValueError(
             f"{which} is a GGUF file, whose weights are not read tensor by tensor: load it with "
             "HookedModel.load and give the model"
         )
-    source = _folder(_folder_of(parsed), parsed.label, f"{parsed.base}@{parsed.revision or ''}")
+    held = _folder_of(parsed)
+    source = _folder(held, parsed.label, f"{parsed.base}@{parsed.revision or ''}")
     if not parsed.adapter:
         return source
-    adapter, _ = read_lora(_snapshot(parsed.adapter, None))
+    folder = _snapshot(parsed.adapter, None)
+    adapter, _ = read_lora(folder)
     for name, update in adapter.items():
-        at = source.tied.get(name, name)
-        if source.shapes.get(at) != update.shape:
+        if name in source.tied or (
+            source.embedding and name not in source.shapes and name.endswith(_HEADS)
+        ):
+            raise ValueError(
+                f"the adapter of {which} changes {name}, which the model ties to "
+                f"{source.embedding}, so that the change is not one of a single weight: merge it "
+                "into an untied copy of the model (tie_word_embeddings false) and give the folder"
+            )
+        if source.shapes.get(name) != update.shape:
             raise ValueError(
                 f"the adapter of {which} changes {name} as a {update.shape[0]} x "
-                f"{update.shape[1]} matrix, and the model has {source.shapes.get(at)} there: give "
-                "the adapter its own base"
+                f"{update.shape[1]} matrix, and the model has "
+                f"{source.shapes.get(name, 'no such weight')} there: give the adapter its own base"
             )
-    adapter = {source.tied.get(name, name): update for name, update in adapter.items()}
-    return Source(
-        parsed.label,
-        source.base,
-        source.shapes,
-        source.read,
-        source.vocab_size,
-        adapter,
-        tied=source.tied,
-        skipped=source.skipped,
+    return replace(
+        source, label=parsed.label, adapter=adapter, identify=partial(_hashed, held, folder)
     )
 
 
-def _memory(model: nn.Module, label: str) -> Source:
+def _hashed(folder: Path, adapter: Path | None = None) -> str | None:
+    """Fingerprint of a folder, and of an adapter on it, wherever they were fetched from."""
+    own = None if adapter is None else str(adapter)
+    return names.fingerprint_files(names.Name(str(folder), None, own, None, folder.name))
+
+
+def _memory(model: nn.Module, label: str, identify: Callable[[], str]) -> Source:
     check_plain(model)
     shapes, tied, owner = {}, {}, {}
     held = {
@@ -112,8 +132,9 @@ def _memory(model: nn.Module, label: str) -> Source:
     text = model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     vocab = getattr(text, "vocab_size", None)
     return Source(
-        label, f"memory {id(model)}", shapes, held.__getitem__, vocab, {}, False, tied, skipped
-    )
+        label, f"memory {id(model)}", shapes, held.__getitem__, vocab, tied=tied, skipped=skipped,
+        identify=identify,
+    )  # fmt: skip
 
 
 def _folder(folder: Path, label: str, base: str) -> Source:
@@ -135,7 +156,8 @@ def _folder(folder: Path, label: str, base: str) -> Source:
                     shapes[name] = tuple(part.get_shape())
                 else:
                     skipped += 1
-    tied = _ties(folder, config, shapes)
+    embedding = _embedding(folder, config, shapes)
+    tied = _ties(embedding, shapes)
     kept = {name: shape for name, shape in shapes.items() if name not in tied}
 
     def read(name: str) -> Tensor:
@@ -143,26 +165,32 @@ def _folder(folder: Path, label: str, base: str) -> Source:
             return file.get_tensor(name)
 
     vocab = (config.get("text_config") or config).get("vocab_size")
-    return Source(label, base, kept, read, vocab, {}, False, tied, skipped)
+    return Source(
+        label, base, kept, read, vocab, tied=tied, skipped=skipped,
+        identify=partial(_hashed, folder), embedding=embedding,
+    )  # fmt: skip
 
 
-def _ties(
+def _embedding(
     folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, str]:
-    """Output embeddings in a file whose configuration ties them to the input embedding."""
+) -> str:
+    """The input embedding, where the configuration ties output embeddings to it; else empty."""
     told = [c[_TIE] for c in (config.get("text_config") or {}, config) if _TIE in c]
     if not told:  # not written where it is the architecture's default
         import transformers
 
         known = transformers.AutoConfig.from_pretrained(folder).get_text_config()
         told = [getattr(known, _TIE, False)]
-    if not told[0]:
-        return {}
-    inputs = [name for name in shapes if name.endswith(_EMBEDDINGS)][:1]
+    inputs = [name for name in shapes if name.endswith(_EMBEDDINGS)]
+    return inputs[0] if told[0] and inputs else ""
+
+
+def _ties(embedding: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Output embeddings that a file holds beside the input embedding they are tied to."""
     return {
-        name: inputs[0]
+        name: embedding
         for name in shapes
-        if inputs and name.endswith(_HEADS) and shapes[name] == shapes[inputs[0]]
+        if embedding and name.endswith(_HEADS) and shapes[name] == shapes[embedding]
     }
 
 

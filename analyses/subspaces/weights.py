@@ -16,8 +16,8 @@ from torch import Tensor
 
 from analyses.figures import broken, legend_below
 from analyses.subspaces import bases
-from analyses.subspaces.deltas import Deltas, changes, together
-from analyses.subspaces.grouping import By, grouped, layers_of, notes_of, place, ratio_over
+from analyses.subspaces.deltas import Deltas, changes, record_of, together
+from analyses.subspaces.grouping import By, grouped, layers_of, notes_of, places, ratio_over
 from analyses.subspaces.projections import square
 from analyses.subspaces.svd import LeftSvd, Method, Uncertified, left_svd
 from probes import figures
@@ -36,8 +36,8 @@ ENERGIES = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 class WeightOverlap(Result):
     """Mode subspace overlap of two updates X and Y, by weight and energy share.
 
-    Figures are means over weights. Weights where X or Y is zero are left out: their subspaces
-    would be arbitrary.
+    Figures are means over weights, whatever their size. Weights where X or Y is zero are left out:
+    their subspaces would be arbitrary. `compared` says how much of each update that leaves.
     """
 
     first: str
@@ -59,6 +59,9 @@ class WeightOverlap(Result):
     """Weights left out because X or Y is zero there."""
     certified: int
     """Decompositions that were randomised and certified; all others are exact."""
+    compared: tuple[float, float] = (1.0, 1.0)
+    """Share of ||X||^2, and of ||Y||^2, in the weights that are compared, 0 to 1; the rest lies
+    where the other update is zero, and no overlap speaks of it."""
     notes: tuple[str, ...] = ()
 
     def mean(self, energy: float, rows: Sequence[int] | None = None) -> Interval:
@@ -137,16 +140,16 @@ class WeightOverlap(Result):
     def plot_layers(self, energy: float = 0.9, ax: "Axes | None" = None) -> "Axes":
         """Map of overlap minus its null's mean: module types by layers."""
         e = self._at(energy)
-        places = [place(name) for name in self.tensors]
-        layers = sorted({layer for layer, _ in places if layer is not None})
-        kinds = list(dict.fromkeys(kind for layer, kind in places if layer is not None))
+        where = places(self.tensors)
+        layers = sorted({layer for _, layer, _ in where if layer is not None})
+        kinds = list(dict.fromkeys(kind for _, layer, kind in where if layer is not None))
         if not layers:
             raise ValueError(
                 f"no weight of {self.first} belongs to a numbered layer, so there is no map: use "
                 "frame('tensor')"
             )
         values = torch.full((len(kinds), len(layers)), math.nan)
-        for i, (layer, kind) in enumerate(places):
+        for i, (_, layer, kind) in enumerate(where):
             if layer is not None:
                 difference = self.overlap[e, i] - self.null[e, i]
                 values[kinds.index(kind), layers.index(layer)] = difference
@@ -176,7 +179,8 @@ class WeightOverlap(Result):
         return (
             f"{pair}: {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}] at {energy:.0%} energy, "
             f"random subspaces {chance.mean:.3f} (95 % below {chance.high:.3f}): {verdict} chance; "
-            f"{len(self.tensors)} weights"
+            f"{len(self.tensors)} weights, with {self.compared[0]:.1%} and {self.compared[1]:.1%} "
+            "of the updates"
         )
 
     def _at(self, energy: float) -> int:
@@ -220,13 +224,17 @@ def weight_overlap(
         )
     names, skipped, certified = together(X, Y), 0, 0
     kept: list[str] = []
+    sizes, inside = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     rows: list[list[tuple[float, float, float, int, int]]] = []
     with show(len(names), f"overlap of {X} and {Y}", progress) as done:
         for name, (x, y) in changes(names, X, Y):
             done(1)
-            if not square(x) or not square(y):
+            XX, YY = square(x), square(y)
+            sizes += torch.tensor([XX, YY], dtype=torch.float64)
+            if not XX or not YY:
                 skipped += 1
                 continue
+            inside += torch.tensor([XX, YY], dtype=torch.float64)
             try:
                 svds = [left_svd(change, method=method, energy=max(energies)) for change in (x, y)]
                 rows.append([_compared(svds[0], svds[1], energy) for energy in energies])
@@ -236,6 +244,7 @@ def weight_overlap(
             kept.append(name)
     numbers = torch.tensor(rows, dtype=torch.float64).reshape(len(kept), len(energies), 5)
     overlap, null, sd, k_x, k_y = numbers.permute(2, 1, 0).contiguous()
+    shares = (inside / sizes).nan_to_num(0.0).tolist()
     return WeightOverlap(
         first=str(X),
         second=str(Y),
@@ -248,7 +257,9 @@ def weight_overlap(
         k_second=k_y.long(),
         skipped=skipped,
         certified=certified,
+        compared=(shares[0], shares[1]),
         notes=notes_of(kept, X.notes, Y.notes),
+        record=record_of(X, Y, method=method),
     )
 
 
