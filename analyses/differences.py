@@ -1,6 +1,7 @@
 """Two reports side by side: which numbers moved beyond their intervals?"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ class Differences(Result):
     values: tuple[tuple[float, float], ...]
     """In the first and in the second report."""
     limits: tuple[tuple[float, float] | None, ...]
-    """95 % interval of the difference, where both numbers have an interval."""
+    """95 % interval of the difference, where both numbers have an interval; None where one has
+    none, or one of NaN."""
     only_first: tuple[tuple[str, ...], ...]
     only_second: tuple[tuple[str, ...], ...]
     settings: tuple[tuple[str, str, str], ...]
@@ -109,7 +111,7 @@ class Differences(Result):
 
 
 def compare_reports(first: Path | str, second: Path | str) -> Differences:
-    """Compare two folders written by one `alignlens` command.
+    """Compare two folders of `alignlens report`: no other verb writes one table of all its numbers.
 
     The interval of a difference takes each estimate's own distances to its limits together as the
     root of the sum of their squares (Zou and Donner 2008): right for independent runs, and wider
@@ -119,7 +121,7 @@ def compare_reports(first: Path | str, second: Path | str) -> Differences:
     shared = [key for key in a if key in b]
     if not shared:
         raise ValueError(
-            f"{first} and {second} share no number: give two folders of the same command"
+            f"{first} and {second} share no number: give two reports on models of the same names"
         )
     values, limits = [], []
     for key in shared:
@@ -141,6 +143,8 @@ def compare_reports(first: Path | str, second: Path | str) -> Differences:
 def _interval(x: Mapping[str, float], y: Mapping[str, float]) -> tuple[float, float] | None:
     if not {"low", "high"} <= x.keys() & y.keys():
         return None
+    if any(math.isnan(row[name]) for row in (x, y) for name in ("value", "low", "high")):
+        return None
     d = y["value"] - x["value"]
     down = ((y["value"] - y["low"]) ** 2 + (x["high"] - x["value"]) ** 2) ** 0.5
     up = ((y["high"] - y["value"]) ** 2 + (x["value"] - x["low"]) ** 2) ** 0.5
@@ -159,7 +163,7 @@ def _table(folder: Path) -> dict[tuple[str, ...], dict[str, float]]:
         }
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} holds no result.json: give a folder that alignlens wrote"
+            f"{folder} holds no result.json: give a folder of `alignlens report`"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

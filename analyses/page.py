@@ -5,11 +5,10 @@ import csv
 import dataclasses
 import io
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
-from analyses import summary
+from analyses import reproducing, summary
 from analyses.drift.terms import TERMS
 from analyses.figures import broken, legend_below
 from analyses.report import Report
@@ -62,12 +61,9 @@ def write(report: Report, folder: Path | str) -> Path:
 
 def draw(report: Report) -> dict[str, Any]:
     """One figure for each panel."""
-    from matplotlib.figure import Figure
 
-    def panel(n: int, height: float = 3.9) -> tuple[Figure, Any]:
-        with figures.theme():
-            figure = Figure(figsize=((4.0 if n > 2 else 4.6) * n, height), layout="constrained")
-            return figure, figure.subplots(1, n, squeeze=False)[0]
+    def panel(n: int, height: float = 3.9) -> tuple[Any, Any]:
+        return figures.row(n, (4.0 if n > 2 else 4.6) * n, height)
 
     shift, (ax,) = panel(1)
     report.tokens.plot(ax)
@@ -232,26 +228,8 @@ def html(report: Report, pictures: dict[str, Any], said: list[str], record: dict
         record=json.dumps(record, indent=1, sort_keys=True, default=str),
         kinds=KINDS,
         terms=TERMS,
-        commands=_commands(report),
+        commands=reproducing.commands(report),
     )
-
-
-def _commands(report: Report) -> list[tuple[str, str]]:
-    """Commands that make each panel again, alone."""
-    base, aligned, *drifted = (shlex.quote(name) for name in report.record.models)
-    more = "".join(f" --drifted {name}" for name in drifted)
-    seed = f" --seed {report.record.seeds[0]}" if report.record.seeds[0] else ""
-    best = report.sweeps[1][1].best
-    found = [
-        ("all", f"alignlens report --base {base} --aligned {aligned}{more}{seed}"),
-        ("b", f"alignlens shift {base} {aligned} --context all{seed}"),
-        ("c", f"alignlens probe {aligned}{seed}"),
-        ("d, e", f"alignlens subspace {base} {aligned}{seed}"),
-        ("f", f"alignlens sweep {aligned} --sites {best} --effects odds{seed}"),
-    ]
-    if report.drift is not None:
-        found.append(("a, g, h", f"alignlens drift {base} {aligned}{more}{seed}"))
-    return found
 
 
 def _answers(report: Report) -> list[dict[str, Any]]:

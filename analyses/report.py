@@ -114,8 +114,9 @@ def run(
     say("loading " + ", ".join((base, aligned, *drifted)))
     checkpoints = lineages.load(base, aligned, drifted, engine=engine, **options)
     return measure(
-        checkpoints, parts, classes, name, size, seed, say, began, base_context=base_context
-    )
+        checkpoints, parts, classes, name, size, seed, say, began, base_context=base_context,
+        prompts=prompts,
+    )  # fmt: skip
 
 
 def measure(
@@ -129,8 +130,10 @@ def measure(
     began: float | None = None,
     *,
     base_context: str = "same",
+    prompts: str | None = None,
 ) -> Report:
-    """All panels for checkpoints already loaded."""
+    """All panels for checkpoints already loaded. `prompts` is the file the parts come from, which
+    the record names."""
     began = time.monotonic() if began is None else began
     with warnings.catch_warnings():  # these limits part nothing that an interval is made over
         warnings.filterwarnings("ignore", "only .* groups")
@@ -255,6 +258,7 @@ def measure(
             **dataclasses.asdict(size),
             "threads": torch.get_num_threads(),
             "base_context": base_context,
+            "prompts": prompts,
             "base_prompts_hash": prompts_hash(read),
         },
     )
@@ -270,7 +274,7 @@ def measure(
         classes,
         name,
         size,
-        tuple(notes),
+        (*notes, *shift.notes),
         time.monotonic() - began,
         record,
     )

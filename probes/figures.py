@@ -59,6 +59,15 @@ def axes(ax: "Axes | None", width: float = 5.0, height: float = 3.2) -> "Axes":
         return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
+def row(n: int, width: float, height: float) -> "tuple[Figure, list[Axes]]":
+    """A new figure that needs no window, with n axes beside each other."""
+    from matplotlib.figure import Figure
+
+    with theme():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, list(figure.subplots(1, n, squeeze=False)[0])
+
+
 def style(i: int) -> dict[str, Any]:
     """Colour and marker of the i-th series."""
     return {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}

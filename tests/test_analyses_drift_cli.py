@@ -91,7 +91,9 @@ def test_other_prompts_and_roles_are_measured_anew(run: Run, files: Path) -> Non
 
 def test_checkpoints_of_one_name_are_told_apart(run: Run, files: Path) -> None:
     for name in ("one", "two"):
-        shutil.copytree(files / f"step-{1 if name == 'one' else 2}", files / f"run-{name}" / "final")
+        shutil.copytree(
+            files / f"step-{1 if name == 'one' else 2}", files / f"run-{name}" / "final"
+        )
     said = run("drift", "base", "aligned", "--drifted", "run-one/final", "--drifted", "run-two/final",
                "--prompts", "pairs.jsonl", "--resamples", 20, "--topics", 12, "--out", "twice",
                )  # fmt: skip

@@ -252,7 +252,9 @@ def test_the_result_says_what_it_found(lineage: tuple[HookedModel, HookedModel],
     assert torch.equal(result.patched, result.source)
     assert result.share.tolist() == pytest.approx([1, 1, 1])
     assert torch.allclose(result.normalised, torch.ones(24, dtype=torch.float64))
-    assert result.notes == ()
+    assert result.notes == (
+        "The gap is not told from 0 over 24 topics: limits of its shares are rough.",
+    )
     assert float(result.change[0]) == pytest.approx(result.gap, rel=1e-5)
     again = Patched.load(result.save(tmp_path / "patched"))
     assert str(again) == str(result)

@@ -139,9 +139,9 @@ def test_rows_of_one_group_count_as_less_than_rows_of_many() -> None:
     twice = [f"{i // 2}" for i in range(60)]  # every group is two copies: as good as 30 rows
     copies = clustered_wilson(hits, twice)
     assert copies.value == 0.5
-    assert copies.low == pytest.approx(wilson(15, 30).low, abs=5e-3)
+    assert copies.low == pytest.approx(wilson(15, 30).low, abs=1e-2)
     mixed = clustered_wilson(hits, [f"{i % 30}" for i in range(60)])  # each group has one of both
-    assert mixed.low == pytest.approx(alone.low, abs=1e-6)
+    assert copies.low < mixed.low < alone.low < mixed.low + 1e-2  # Student's t, 29 degrees
     assert clustered_wilson(torch.ones(60, dtype=torch.bool), twice) == wilson(30, 30)
     assert clustered_wilson(torch.zeros(60, dtype=torch.bool), twice) == wilson(0, 30)
 

@@ -20,6 +20,7 @@ from analyses.tokens.rewards import log_ratios
 from analyses.tokens.spans import common_spans
 from probes import HookedModel, datasets
 from probes.results import Result
+from probes.scores import wilson
 from steering.preferences import DPO, Answers
 
 PROMPTS = tiny.words(6, seed=5)
@@ -213,6 +214,31 @@ def test_a_reward_that_is_length_loses_everything_to_the_controls() -> None:
     assert "rank nothing" in str(same)
     with pytest.raises(ValueError, match="unknown reward 'sum'"):
         only.accuracy("sum")
+
+
+def test_what_all_pairs_agree_on_is_no_point() -> None:
+    sure = ranking([1.0] * 20, [3, -3] * 10)
+    even, plain = sure.balanced(), sure.accuracy()
+    assert even.value == even.high == 1 and 0.5 < even.low < plain.low < 0.9
+    # Wilson's limit of 10 of 10 on both sides, their mean's by Zou and Donner
+    assert even.low == pytest.approx(1 - (1 - wilson(10, 10).low) * 2**0.5 / 2)
+    never = ranking([-1.0] * 20, [3, -3] * 10).balanced()
+    assert never.value == 0 and never.high == pytest.approx(1 - even.low)
+    half = ranking([1.0, -1.0] * 10, [3, -3] * 10).balanced()  # only length
+    assert half.value == 0.5 and half.low < 0.4 and half.high > 0.6
+    tied = ranking([0.0, 1.0] * 10, [3, -3] * 10).balanced()
+    assert tied.value == 0.75 and tied.low < 0.5 and tied.high >= 1
+
+
+@pytest.mark.parametrize("length", [[3, 0, 2, 4], [3, 1, 2, 4], [-3, 0, -2, -4], [0, 0, 0, 0]])
+def test_answers_that_are_never_the_shorter_are_not_balanced(length: list[int]) -> None:
+    found = ranking([1.0, 2.0, -1.0, 3.0], length)
+    assert "not balanced" in str(found) and "75.0%" in str(found)
+    table = found.frame()
+    assert "balanced" not in table["control"].tolist() and "none" in table["control"].tolist()
+    assert found.plot().get_legend() is not None
+    with pytest.raises(ValueError, match="give pairs of both kinds"):
+        found.balanced()
 
 
 def test_length_bias_is_found_and_has_a_null(models: tuple[HookedModel, HookedModel]) -> None:

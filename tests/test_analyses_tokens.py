@@ -12,7 +12,9 @@ import torch
 from architectures import EOS, VOCABULARY
 
 from analyses import TokenShift, token_shift
-from analyses.tokens.paths import pieces
+from analyses.checkpoints import Checkpoint, compare
+from analyses.tokens.matrix import shift_matrix
+from analyses.tokens.paths import compared, pieces
 from analyses.tokens.shift import KINDS
 from probes import HookedModel, datasets
 
@@ -239,6 +241,56 @@ def test_a_model_that_is_its_own_base_is_said_to_be(
     assert torch.equal(same.entropy_base, same.entropy_aligned)
     twin = HookedModel(copy.deepcopy(aligned.model), tiny.tokenizer(), name="twin")
     assert token_shift(twin, aligned, PROMPTS, GROUPS, max_new_tokens=STEPS).identical
+
+
+def test_logits_that_differ_without_a_trace_are_not_called_the_same() -> None:
+    """A token as good as certain: no divergence and no probability in float32 tells the two apart."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, 3, 100, generator=generator)
+    x[:, 0], y[:, 0] = 140.0, 145.0
+    y[2] = x[2]
+    steps = compared(x, y, torch.zeros(3, dtype=torch.long))
+    assert not steps.js.any() and torch.equal(steps.logp_base, steps.logp_aligned)
+    assert steps.differs.tolist() == [True, True, False]
+
+
+def test_a_head_that_differs_beyond_float32_is_not_identical(
+    models: tuple[HookedModel, HookedModel],
+) -> None:
+    _, aligned = models
+    sure = copy.deepcopy(aligned.model)
+    with torch.no_grad():  # one token certain in both, the rest another
+        sure.lm_head.weight *= 1e7  # pyright: ignore
+    other = copy.deepcopy(sure)
+    with torch.no_grad():
+        other.lm_head.weight *= 1.5  # pyright: ignore
+    pair = [HookedModel(m, tiny.tokenizer(), name=n) for m, n in ((sure, "p"), (other, "q"))]
+    found = token_shift(pair[0], pair[1], PROMPTS[:3], ["a"] * 3, max_new_tokens=2)
+    assert not found.js.any() and torch.equal(found.logp_base, found.logp_aligned)
+    assert not found.identical and "bit for bit" not in str(found)
+    lineage = compare([Checkpoint("base", pair[0]), Checkpoint("aligned", pair[1])])
+    table = shift_matrix(lineage, PROMPTS[:3], ["a"] * 3, max_new_tokens=2)
+    assert torch.equal(table.identical, torch.eye(2).bool())
+
+
+def test_answers_cut_off_are_counted(
+    models: tuple[HookedModel, HookedModel], shift: TokenShift
+) -> None:
+    """The fixture's models end some answers and not others."""
+    tokens = [
+        greedy(models[1].model, list(models[1].template.render(p).ids), STEPS) for p in PROMPTS
+    ]
+    cut = sum(answer[-1] != EOS for answer in tokens)
+    assert 0 < cut < len(PROMPTS) and shift.truncated == cut
+    (said,) = [note for note in shift.notes if "without a stop" in note]
+    assert said.startswith(f"{cut} of {len(PROMPTS)} answers of second met the limit of {STEPS}")
+    stopping = dataclasses.replace(shift, stops=torch.ones_like(shift.stops))
+    assert stopping.truncated == 0 and not any("stop" in note for note in stopping.notes)
+    table: Any = shift.frame()
+    for i, own in table.groupby("prompt"):
+        n = shift.counts[int(i)]
+        assert set(own["length"]) == {n}
+        assert own["relative"].tolist() == pytest.approx([t / n for t in range(1, n + 1)])
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ def made(ranks: list[int] | None = None, words: list[list[str]] | None = None) -
         chances,
         top,
         chances,
+        torch.ones(n, dtype=torch.bool),
     )
     tensors: dict[str, Any] = steps.tensors()
     return TokenShift(

@@ -27,6 +27,7 @@ from analyses.mechanisms.overlap import (
 from analyses.mechanisms.paths import path_map
 from analyses.patching.patcher import Patcher
 from analyses.patching.sources import From
+from analyses.patching.sources import Values as SourceValues
 from probes import HookedModel
 from probes.sites import Site
 
@@ -248,3 +249,21 @@ def test_mistakes_are_said(lineage: tuple[HookedModel, HookedModel]) -> None:
     keys = path_map(target, task(), ["2.k.0"], null=None, progress=False)
     with pytest.raises(ValueError, match="the map of b is of paths to 2.k.0"):
         mechanism_overlap([found, keys], ["a", "b"], k=2)
+
+
+def test_random_circuits_are_put_in_from_one_reading_of_the_source(
+    lineage: tuple[HookedModel, HookedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, source = lineage
+    circuit = Circuit.of(target, GROUPS, places={"low": "tokens:-2:-1"})
+    plain = cmap(target, source, task(), circuit, draws=1, resamples=100, progress=False)
+    reads: list[int] = []
+    at = SourceValues.at
+    monkeypatch.setattr(
+        SourceValues, "at", lambda s, parts: reads.append(len(parts)) or at(s, parts)
+    )
+    cmap(target, source, task(), circuit, draws=1, resamples=100, progress=False)
+    once = len(reads)
+    found = cmap(target, source, task(), circuit, draws=5, resamples=100, progress=False)
+    assert len(reads) == 2 * once
+    assert torch.equal(found.null_change[:-1, :1], plain.null_change[:-1])

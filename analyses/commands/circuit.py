@@ -3,10 +3,14 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from probes.model import HookedModel
 
 
 def circuit(
@@ -51,6 +55,7 @@ def circuit(
             "expected at least 1 head and 2 prompts of each kind"
         )
     make = task_named(task)
+    check_null(ablation, draws)
     if dry_run:
         typer.echo(
             f"paths of every head on {prompts} prompts, {2 if feeding else 1} stages, then about "
@@ -65,6 +70,7 @@ def circuit(
     found.circuit.save(out / "circuit")
     keep(alone, out / "faithfulness", faithfulness=alone.plot)
     keep(curve, out / "curve", curve=curve.plot)
+    say_notes(found, alone, curve)
     if as_json:
         typer.echo(json.dumps(json.loads(str(found.frame().to_json(orient="records")))))
         return
@@ -82,14 +88,34 @@ def task_named(name: str) -> Any:
     return TASKS[name]
 
 
-def loaded(name: str, task: str, **options: Any) -> Any:
-    """A model with the template that the task needs: tasks but refusal are plain text."""
+def check_null(ablation: str, draws: int) -> None:
+    """Refuse before anything long is begun what would be refused after it."""
+    from analyses.mechanisms.ablation import KINDS
+
+    if ablation not in KINDS:
+        raise ValueError(f"unknown ablation {ablation!r}: choose one of {', '.join(KINDS)}")
+    if draws < 1:
+        raise ValueError(f"--draws {draws} leaves nothing to compare with: give at least 1")
+
+
+def loaded(names: Sequence[str], task: str, **options: Any) -> "list[HookedModel]":
+    """Models with the template that the task needs: the first one's for all of them; tasks but
+    refusal are plain text. Labels are made different."""
+    from analyses.checkpoints import Checkpoint, compare
     from probes.model import HookedModel
 
     if task != "refusal":
         options["template"] = "none"
-    say(f"loading {name}")
-    return HookedModel.load(name, **options)
+    found = []
+    for name in names:
+        say(f"loading {name}")
+        found.append(HookedModel.load(name, **options))
+    if len(found) == 1:
+        return found
+    roles = ["aligned", "base"] + ["drifted"] * (len(found) - 2)
+    items = [Checkpoint(role, model) for role, model in zip(roles, found, strict=True)]
+    second, first, *others = compare([items[1], items[0], *items[2:]]).items
+    return [item.model for item in (first, second, *others)]
 
 
 def _measured(
@@ -109,7 +135,7 @@ def _measured(
     from analyses.mechanisms.discovery import Stage, discover
     from analyses.mechanisms.faithfulness import faithfulness, faithfulness_curve
 
-    model = loaded(name, task, **options)
+    (model,) = loaded([name], task, **options)
     stages = [Stage("writing the answer", k, at="last")]
     if feeding:
         stages.append(Stage("feeding their queries", feeding, stages[0].name, "q", at="last"))
@@ -131,6 +157,12 @@ def keep(result: Any, folder: Path, **drawn: Any) -> None:
     files.write_text(folder / "table.csv", result.frame().to_csv(index=False))
     for name, plot in drawn.items():
         figures.save(plot(), folder / name, dataclasses.asdict(result.record))
+
+
+def say_notes(*results: Any) -> None:
+    """What results note about themselves, each note once, on stderr."""
+    for note in dict.fromkeys(n for result in results for n in result.notes):
+        say(note)
 
 
 def say(line: str) -> None:

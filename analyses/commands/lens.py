@@ -1,12 +1,12 @@
 """`alignlens lens`"""
 
-import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+PARTS = ("train", "validation", "test")
 
 
 def lens(
@@ -38,76 +38,80 @@ def lens(
         "transformers"
     ),
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say roughly what it takes, and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Where in depth the answer appears, and which heads and MLPs write it.
 
     The logit lens reads every layer's stream as a next token; direct attribution splits the final
     logits into what each head and each MLP wrote. With a second checkpoint both are shown as
-    differences, too. Every number has its interval over topics and its null.
+    differences, too. Every number has its interval over topics and its null. It takes a minute for
+    a small model; run again, it starts anew.
 
     \b
     alignlens lens builtin:aligned builtin:drifted
     alignlens lens builtin:base --task indirect-object --part validation
     """
+    from analyses.commands.circuit import keep, loaded, say, say_notes, task_named
+    from probes import names
+
+    make = task_named(task)
+    if part not in PARTS:
+        raise ValueError(f"unknown part {part!r}: choose one of {', '.join(PARTS)}")
+    if prompts < 2 or resamples < 1:
+        raise ValueError(
+            f"--prompts {prompts} and --resamples {resamples} were given: expected at least 2 "
+            "prompts and 1 resample"
+        )
+    if tuned is not None and not tuned.is_file():
+        raise ValueError(f"there is no file {tuned}: give a safetensors file of translators")
+    given = [model] if other is None else [model, other]
+    for name in given:
+        names.parse(name)
+    if dry_run:
+        typer.echo(
+            f"{len(given)} checkpoints in memory together, {prompts} prompts and their "
+            f"counterfactuals read about {3 * len(given)} times each; disk: about 2 MB in {out}"
+        )
+        return
+
     from analyses.mechanisms.direct import direct_attribution
     from analyses.mechanisms.lens_difference import lens_difference
     from analyses.mechanisms.logit_lens import logit_lens
-    from analyses.mechanisms.tasks import TASKS, accuracy
-    from probes import names
-    from probes.model import HookedModel
+    from analyses.mechanisms.tasks import accuracy
 
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-    for name in (model, other):
-        if name is not None:
-            names.parse(name)
-    options: dict[str, Any] = {"engine": engine, "dtype": dtype}
-    if task != "refusal":
-        options["template"] = "none"
-    loaded = [HookedModel.load(model, **options)]
-    if other is not None:
-        if task == "refusal":  # a base has no template of its own
-            options["template"] = loaded[0].template.source
-        loaded.append(HookedModel.load(other, **options))
-    made = TASKS[task](loaded[0], part, prompts)
+    models = loaded(given, task, engine=engine, dtype=dtype)
+    made = make(models[0], part, prompts)
+    drawn: dict[str, Any] = {"resamples": resamples, "seed": seed}
     lenses, parts, lines = [], {}, []
-    for place, m in zip(("model", "other"), loaded, strict=False):
-        _say(f"reading {m.label} on {len(made)} prompts")
-        kept = (
-            accuracy(m, made),
-            logit_lens(
-                m, made, position=position, translators=tuned, resamples=resamples, seed=seed
-            ),
-        )
-        terms = direct_attribution(m, made, contrast=contrast, resamples=resamples, seed=seed)
-        _keep(kept[0], out / place / "accuracy", accuracy=kept[0].plot)
-        _keep(
-            kept[1],
+    for place, m in zip(("model", "other"), models, strict=False):
+        say(f"reading {m.label} on {len(made)} prompts")
+        right = accuracy(m, made)
+        seen = logit_lens(m, made, position=position, translators=tuned, **drawn)
+        terms = direct_attribution(m, made, contrast=contrast, **drawn)
+        keep(right, out / place / "accuracy", accuracy=right.plot)
+        keep(
+            seen,
             out / place / "lens",
-            lens=kept[1].plot,
-            probability=lambda found=kept[1]: found.plot(measure="probability"),
-            rank=lambda found=kept[1]: found.plot(measure="log rank"),
+            lens=seen.plot,
+            probability=lambda seen=seen: seen.plot(measure="probability"),
+            rank=lambda seen=seen: seen.plot(measure="log rank"),
         )
-        _keep(terms, out / place / "terms", terms=terms.figure)
-        lenses.append(kept[1])
-        lines += [str(kept[0]), str(kept[1]), str(terms)]
-        parts[m.label] = {"lens": kept[1].frame(), "terms": terms.strongest(20)}
-    if len(loaded) == 2:
-        _say(f"comparing {loaded[0].label} with {loaded[1].label}")
-        changed = lens_difference(*lenses, resamples=resamples, seed=seed)
-        both = direct_attribution(
-            loaded[0],
-            made,
-            other=loaded[1],
-            contrast=contrast,
-            resamples=resamples,
-            seed=seed,
-        )
-        _keep(changed, out / "difference" / "lens", lens=changed.plot)
-        _keep(both, out / "difference" / "terms", terms=both.figure)
+        keep(terms, out / place / "terms", terms=terms.figure)
+        lenses.append(seen)
+        lines += [str(right), str(seen), str(terms)]
+        parts[m.label] = {"lens": seen.frame(), "terms": terms.strongest(20)}
+    if len(models) == 2:
+        say(f"comparing {models[0].label} with {models[1].label}")
+        changed = lens_difference(*lenses, **drawn)
+        both = direct_attribution(models[0], made, other=models[1], contrast=contrast, **drawn)
+        keep(changed, out / "difference" / "lens", lens=changed.plot)
+        keep(both, out / "difference" / "terms", terms=both.figure)
         lines += [str(changed), str(both)]
         parts["difference"] = {"lens": changed.frame(), "terms": both.strongest(20)}
+    say_notes(*lenses)
     if as_json:
         tables = {
             name: {k: json.loads(str(t.to_json(orient="records"))) for k, t in found.items()}
@@ -118,17 +122,3 @@ def lens(
     for line in lines:
         typer.echo(line)
     typer.echo(f"lens: {out}")
-
-
-def _keep(result: Any, folder: Path, **drawn: Any) -> None:
-    from probes import figures, files
-
-    result.save(folder)
-    files.write_text(folder / "table.csv", result.frame().to_csv(index=False))
-    for name, plot in drawn.items():
-        figures.save(plot(), folder / name, dataclasses.asdict(result.record))
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()

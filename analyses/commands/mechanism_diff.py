@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,10 @@ def mechanism_diff(
     prompts: Annotated[int, typer.Option(help="Prompts to choose on.")] = 24,
     tests: Annotated[int, typer.Option(help="Prompts to measure on, of other topics.")] = 24,
     draws: Annotated[int, typer.Option(help="Draws of every null.")] = 20,
+    cross: Annotated[
+        bool,
+        typer.Option(help="Patch each checkpoint's circuit into the reference, the slow part."),
+    ] = True,
     out: Annotated[Path, typer.Option(help="Folder to fill or to go on with.")] = Path(
         "mechanism-diff"
     ),
@@ -55,7 +59,7 @@ def mechanism_diff(
     alignlens mechanism-diff org/instruct org/fine-tuned --control org/other-seed
     alignlens mechanism-diff builtin:aligned builtin:drifted --circuit circuit/circuit
     """
-    from analyses.commands.circuit import keep, loaded, say, task_named
+    from analyses.commands.circuit import check_null, keep, loaded, say, say_notes, task_named
     from probes import names
 
     own = reference == "builtin:aligned" and not models
@@ -67,45 +71,66 @@ def mechanism_diff(
         names.parse(name)
     if circuit is not None and not (circuit / "result.json").is_file():
         raise ValueError(f"{circuit} holds no saved circuit: give the folder of one, or leave it")
+    if k < 1 or prompts < 2 or tests < 2:
+        raise ValueError(
+            f"--k {k}, --prompts {prompts} and --tests {tests} were given: expected at least 1 head "
+            "and 2 prompts of each kind"
+        )
     make = task_named(task)
+    check_null(ablation, draws)
     everything = [*compared, *beside]
     if dry_run:
+        crossed = f", then {len(everything)} times {4 * draws + 16} patched runs" if cross else ""
         typer.echo(
-            f"{1 + len(everything)} checkpoints in memory together; paths of every head on {tests} "
-            f"prompts and about {2 * draws + 20} patched or ablated runs in each; disk: about 2 MB "
-            f"in {out}"
+            f"{1 + len(everything)} checkpoints in memory together; {draws + 2} ablated runs of "
+            f"{tests} prompts and the paths of every head in each{crossed}; disk: about 2 MB in "
+            f"{out}"
         )
         return
 
-    from analyses.mechanisms.circuit import Circuit
-    from analyses.mechanisms.comparison import mechanism_diff as compare
+    from analyses.mechanisms.circuit import Circuit, heads_of
+    from analyses.mechanisms.cmap import cmap
+    from analyses.mechanisms.comparison import transplant
     from analyses.mechanisms.discovery import Stage, discover
+    from analyses.mechanisms.overlap import mechanism_overlap
+    from analyses.mechanisms.paths import path_map
 
-    options = {"engine": engine, "dtype": dtype}
-    first = loaded(reference, task, **options)
-    others = [loaded(name, task, **options) for name in everything]
-    if circuit is not None:
-        chosen = Circuit.load(circuit)
-    else:
+    chosen = None if circuit is None else Circuit.load(circuit)
+    first, *others = loaded([reference, *everything], task, engine=engine, dtype=dtype)
+    if k >= (n := sum(heads_of(first))):
+        raise ValueError(f"--k {k} of {n} heads leaves none to tell them from: give fewer")
+    if chosen is None:
         say(f"looking for the circuit of {first.label}")
         stages = [Stage("writing the answer", k, at="last")]
-        on = make(first, "train", prompts)
-        chosen = discover(first, on, stages, draws=draws, folder=out / "layers", seed=seed).circuit
+        train = make(first, "train", prompts)
+        chosen = discover(
+            first, train, stages, draws=draws, folder=out / "layers", seed=seed
+        ).circuit
     chosen.save(out / "circuit")
     labels = [m.label for m in others[len(compared) :]]
-    found = compare(
-        first, others, make(first, "test", tests), chosen, controls=labels, senders_at="last", k=k,
-        ablation=ablation, draws=draws, folder=out / "maps", seed=seed,
-    )  # fmt: skip
-    keep(found.transplant, out, transplant=found.transplant.plot)
-    keep(found.overlap, out / "overlap", overlap=found.overlap.plot)
-    for swapped in found.cmaps:
-        name = "".join(c if c.isalnum() or c in "-." else "_" for c in swapped.source_name)
-        keep(swapped, out / f"cmap-{name}", cmap=swapped.plot)
+    on = make(first, "test", tests)
+    # each part is kept when it is done: the last takes longest
+    moved = transplant(
+        [first, *others], on, chosen, controls=labels, ablation=ablation, draws=draws, seed=seed
+    )
+    keep(moved, out, transplant=moved.plot)
+    maps = [
+        path_map(m, on, senders_at="last", null=None, folder=out / "maps" / f"map-{n}", seed=seed)
+        for n, m in enumerate([first, *others])
+    ]
+    shared = mechanism_overlap(maps, moved.names, controls=labels, k=k, seed=seed)
+    keep(shared, out / "overlap", overlap=shared.plot)
+    parts: list[Any] = [moved, shared]
+    for m in others if cross else ():
+        say(f"patching {m.label} into {first.label}")
+        found = cmap(first, m, on, chosen, draws=draws, seed=seed)
+        name = "".join(c if c.isalnum() or c in "-." else "_" for c in m.label)
+        keep(found, out / f"cmap-{name}", cmap=found.plot)
+        parts.append(found)
+    say_notes(*parts)
     if as_json:
-        table = found.transplant.frame().to_json(orient="records")
-        typer.echo(json.dumps(json.loads(str(table))))
+        typer.echo(json.dumps(json.loads(str(moved.frame().to_json(orient="records")))))
         return
-    for line in (chosen, found.transplant, found.overlap, *found.cmaps):
+    for line in (chosen, *parts):
         typer.echo(str(line))
     typer.echo(f"mechanism-diff: {out}")

@@ -65,7 +65,8 @@ class DriftAttribution(Result):
     chosen_heads: tuple[str, ...]
     """The heads that restore most on validation prompts, as `layer.head`."""
     window_share: Float[Tensor, " limit"]
-    """Share of the test gap that the window restores, lower and upper 95 % BCa limit over topics."""
+    """Share of the test gap that the window restores, lower and upper 95 % limit over topics
+    (`metrics.share_interval`)."""
     heads_share: Float[Tensor, " limit"]
     """The same for the chosen heads together."""
     everything_share: Float[Tensor, " limit"]
@@ -208,7 +209,8 @@ def attribute_drift(
 
     Both read the same token ids, rendered by the drifted model's template, which must be the
     aligned one's too (`analyses.checkpoints`). With activations, what single layers restore does
-    not add up: a layer acts on what reaches it. `folder` keeps finished layers.
+    not add up: a layer acts on what reaches it. `folder` keeps finished layers, those of the test
+    prompts too: the same call made again goes on, another one needs another folder.
     """
     if aligned.template.hash != drifted.template.hash:
         raise ValueError(
@@ -225,6 +227,7 @@ def attribute_drift(
             ("test", test, test_topics),
         )
     )
+    _disjoint(chosen_on, reported)
     read = metric or RefusalLogOdds.of(aligned)
     n = drifted.n_layers
     size = max(1, round(n / 5)) if window is None else window
@@ -237,7 +240,7 @@ def attribute_drift(
         first = swap(aligned, drifted, chosen_on[0], read, batch_size, folder, advance)
         explored = explore(first, size, chosen_on[1], resamples, seed)
         choice = choose(explored, heads)
-        second = swap(aligned, drifted, reported[0], read, batch_size, None, advance)
+        second = swap(aligned, drifted, reported[0], read, batch_size, folder, advance)
         found = confirm(second, explored, choice, reported[1], draws, resamples, seed)
         rates: tuple[tuple[str, int, int], ...] = ()
         if choice is not None and max_new_tokens:
@@ -251,6 +254,8 @@ def attribute_drift(
             rates = tuple((name, sum(map(refuses, a)), len(a)) for name, a in runs.items())
     name, unit = metrics.named(read)
     notes = few(chosen_on[1]) + few(reported[1]) + first.notes + second.notes
+    for run, topics in ((first, chosen_on[1]), (second, reported[1])):
+        notes += metrics.gap_note(run.gap, topics)
     return DriftAttribution(
         aligned=aligned.label,
         drifted=drifted.label,
@@ -292,3 +297,19 @@ def _prompts(
             f"{len(given)} {part} prompts came with {len(named)} topics: give one for each"
         )
     return list(given), named
+
+
+def _disjoint(
+    validation: tuple[list[Prompt], tuple[str, ...]], test: tuple[list[Prompt], tuple[str, ...]]
+) -> None:
+    """Refuse to report on what the choice was made on."""
+    if both := set(validation[1]) & set(test[1]):
+        raise ValueError(
+            f"validation and test prompts share {len(both)} topics, such as {min(both)!r}: layers "
+            "are chosen on the one and reported on the other, so give each its own topics"
+        )
+    if same := [prompt for prompt in validation[0] if prompt in test[0]]:
+        raise ValueError(
+            f"{len(same)} validation prompts are test prompts too, the first {str(same[0])[:60]!r}: "
+            "layers are chosen on the one and reported on the other, so give each its own prompts"
+        )

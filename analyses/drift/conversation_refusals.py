@@ -14,7 +14,7 @@ from probes import datasets
 from probes.clustered import clustered_wilson
 from probes.contrast import Contrast
 from probes.model import HookedModel
-from probes.prompts import Message, Prompt, messages_of
+from probes.prompts import Message, Prompt, messages_of, prompts_hash
 from probes.refusals import refuses
 from probes.results import Result
 from probes.scores import Interval
@@ -159,6 +159,10 @@ def multi_round_refusals(
                 f"{name!r} and {lengths[-1]} turns need as many: give more requests, fewer turns, "
                 "or leave that past out"
             )
+
+    def hashed(asked: Sequence[Prompt]) -> str:
+        return prompts_hash(model.template.render_all(asked))
+
     topics = list(dict.fromkeys(prompts.topics))
     refused = torch.zeros(len(pasts), len(lengths), len(prompts.prompts), dtype=torch.bool)
     for p, name in enumerate(pasts):
@@ -183,7 +187,20 @@ def multi_round_refusals(
         topics=tuple(prompts.topics),
         positive=torch.tensor(prompts.labels).bool(),
         refused=refused,
-        record=record_of(model, seed, past=past.name, past_tokens=past_tokens, turns=list(lengths)),
+        record=record_of(
+            model,
+            seed,
+            prompts.prompts,
+            prompts=prompts.name,
+            past=past.name,
+            past_hash=hashed(past.prompts),
+            benign_hash=hashed(ordinary),
+            pasts=list(pasts),
+            turns=list(lengths),
+            max_new_tokens=max_new_tokens,
+            past_tokens=past_tokens,
+            batch_size=batch_size,
+        ),
     )
 
 

@@ -9,7 +9,7 @@ of refusals: `conversation_refusals`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +35,7 @@ from probes.clustered import clustered_wilson
 from probes.model import HookedModel
 from probes.results import Result
 from probes.scores import Interval, bca_bootstrap
-from probes.splits import warn_if_few
+from probes.splits import FEW_GROUPS, warn_if_few
 from steering.intervals import change_interval
 
 if TYPE_CHECKING:
@@ -95,8 +95,11 @@ class Tipping(Result):
     def slope(self, history: str = "own", seed: int = 0) -> Interval:
         """Least-squares slope of the logit of the violation rate, per round, with a BCa interval
         over items. Rates are (k + 1/2) / (n + 1), so that none has an infinite logit. Where all
-        items move alike no resample differs and the interval is a point: see `change`."""
+        items move alike no resample differs and the interval is a point, of which nothing is
+        claimed: see `change`. Of one item the limits are NaN."""
         own = self.choices[self._number(history)]
+        if len(set(self.item_of)) < 2:
+            return Interval(_slope(own), float("nan"), float("nan"))
         return bca_bootstrap(lambda rows: _slope(own[rows]), self.item_of, seed=seed)
 
     def change(self, history: str = "own") -> Interval:
@@ -117,11 +120,28 @@ class Tipping(Result):
 
     @property
     def claimed(self) -> bool | None:
-        """Whether the slope's interval lies above its null; None with fewer than 20 shuffles."""
+        """Whether the slope's interval lies above its null; None with fewer than 20 shuffles, and
+        never where the interval is a point. With fewer than 20 items see `notes`."""
         if sum(name.startswith("shuffled") for name in self.histories) < 20:
             return None
         assert self.null_95 is not None
-        return self.slope().low > self.null_95
+        slope = self.slope()
+        return slope.low < slope.high and slope.low > self.null_95
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know."""
+        found, items = [], len(set(self.item_of))
+        if items < FEW_GROUPS:
+            found.append(
+                f"only {items} items: intervals over fewer than {FEW_GROUPS} are too narrow"
+            )
+        slope = self.slope()
+        if slope.value and not slope.low < slope.high:
+            found.append(
+                "no resample of the items changes the slope, so it has no interval and claims nothing"
+            )
+        return tuple(found)
 
     def frame(self) -> "pd.DataFrame":
         """One row per history and round."""
@@ -158,7 +178,8 @@ class Tipping(Result):
         if letters := self.by_letter():
             said += f"; {letters} of {len(set(self.item_of))} items answered by letter in round 1"
         unread = int((self.choices[0] == UNPARSED).sum())
-        return said + (f", {unread} replies could not be read" if unread else "")
+        said += f", {unread} replies could not be read" if unread else ""
+        return said + "".join(f"; {note}" for note in self.notes)
 
     def _number(self, history: str) -> int:
         if history not in self.histories:
@@ -238,7 +259,17 @@ def tipping(
         probability=probability,
         rewards=(float(rewards[0]), float(rewards[1])),
         memory=memory,
-        record=record_of(agent, seed, rounds=rounds, memory=memory, shuffles=shuffles),
+        record=record_of(
+            agent,
+            seed,
+            [round_text(item, turned, [], labels) for item, turned in runs],
+            rounds=rounds,
+            memory=memory,
+            shuffles=shuffles,
+            rewards=list(map(float, rewards)),
+            labels=list(labels),
+            items=[asdict(item) for item in items],
+        ),
     )
 
 

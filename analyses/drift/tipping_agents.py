@@ -1,5 +1,7 @@
 """Asking an agent in rounds: what it reads, how its replies are read, what the next rounds see."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +9,7 @@ from typing import NamedTuple
 
 from analyses.drift.tipping_items import Item
 from probes.model import HookedModel
-from probes.prompts import Message
+from probes.prompts import Message, Prompt, messages_of, prompts_hash
 from probes.results import Record
 from steering.effects import Row, answer_logits, batches
 
@@ -21,16 +23,42 @@ VIOLATES, COMPLIES, UNPARSED = 1, 0, -1
 PREFIX = "Answer:"
 
 
+_GOES_ON = "is|because|since|as|would|will|has|seems|looks|sounds|over|rather|instead|and|or"
+"""Words behind "A" that show it to be the label and not the article."""
+
+
 def read_label(reply: str, labels: tuple[str, str]) -> int | None:
-    """The option a reply names: the label it opens with, or the first label behind "answer",
-    "option" or "choose". Later mentions do not count; None where there is neither."""
-    either = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    opens = re.match(rf"\W*({either})(?!\w)(?!\s+[a-z])", reply)
-    named = re.search(
-        rf"(?i:answer|option|choose|choice)\W*(?:is\W+|option\W+)?({either})(?!\w)", reply
-    )
-    found = opens or named
-    return labels.index(found[1]) if found else None
+    """The option a reply names: that of a stated answer ("the answer is B", "Choice: B"), the label
+    it opens with, that of "I choose B", or else the only one behind "answer", "option" or "choose".
+
+    Questions, "A or B" and what is denied ("not choose A") name nothing. None where no rule finds
+    one label; a reply that names both and does neither open with one nor state one is such.
+    """
+    one, two = (re.escape(label) for label in labels)
+    # the article of English is no label
+    shown = [
+        rf"(?:(?<=ption\W){x}|{x}(?!\s+(?!(?:{_GOES_ON})\b)[a-z]))" if x.lower() == "a" else x
+        for x in (one, two)
+    ]
+    label = rf"(?P<label>{'|'.join(sorted(shown, key=len, reverse=True))})(?!\w)"
+    # not one of "A or B", and not in a question
+    alone = label + rf"(?!\s*(?:/|,?\s*(?:or|and|nor|versus|vs)\b)\W*(?:{one}|{two})(?!\w))"
+    alone += r"(?![^.!?\n]*\?)"
+    option = r"(?:(?:the\s+)?option\W+)?"
+    stated = rf"(?i:\b(?:answer|choice|decision)(?:\s+is\b|\s+would\s+be\b)?\W+{option}){alone}"
+    opens = rf"\A\W*{alone}"
+    taken = r"(?:choose|pick|take|select|prefer|go\s+(?:with|for))"
+    chosen = rf"(?<!if )(?<!If )\bI(?:'ll| will)?\s+(?i:{taken}\s+{option}){alone}"
+    denied = r"(?<!not )(?<!never )(?<!n't )(?<!avoid )(?<!against )"
+    named = rf"(?i:{denied}\b(?:answer|option|choose|choice)\b\W*(?:is\W+)?{option}){alone}"
+    besides = rf"(?<!not )(?<!over )(?<!than )(?<!instead of )(?<!\w){label}"
+    for pattern in (stated, opens, chosen, named):
+        found = {match["label"] for match in re.finditer(pattern, reply)}
+        if found and pattern is named:
+            found |= {match["label"] for match in re.finditer(besides, reply)}
+        if found:
+            return labels.index(found.pop()) if len(found) == 1 else None
+    return None
 
 
 class Reply(NamedTuple):
@@ -119,14 +147,22 @@ def name_of(agent: HookedModel | Agent) -> str:
     return agent.label if isinstance(agent, HookedModel) else getattr(agent, "__name__", "agent")
 
 
-def record_of(agent: HookedModel | Agent, seed: int, **settings: object) -> Record:
-    """What made a result; of an agent that is no `HookedModel` only the name is known."""
+def record_of(
+    agent: HookedModel | Agent, seed: int, asked: Sequence[Prompt], **settings: object
+) -> Record:
+    """What made a result, with a hash over the prompts `asked` before there is any history; of an
+    agent that is no `HookedModel` only the name is known, and the hash is over the texts."""
     if not isinstance(agent, HookedModel):
-        return Record(models=(name_of(agent),), seeds=(seed,), settings=settings)
+        text = json.dumps([messages_of(prompt) for prompt in asked])
+        hashed = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return Record(
+            models=(name_of(agent),), prompts_hash=hashed, seeds=(seed,), settings=settings
+        )
     return Record(
         models=(agent.name,),
         fingerprints=(agent.fingerprint,),
         template_hash=agent.template.hash,
+        prompts_hash=prompts_hash(agent.template.render_all(asked)),
         seeds=(seed,),
         dtype=str(agent.dtype).removeprefix("torch."),
         engine=agent.engine.name,

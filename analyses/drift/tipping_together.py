@@ -1,7 +1,7 @@
 """Do several agents keep a common aim, round by round, that pays only if enough of them serve it?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,7 @@ from probes.clustered import clustered_wilson
 from probes.model import HookedModel
 from probes.results import Result
 from probes.scores import Interval
+from probes.splits import FEW_GROUPS, warn_if_few
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +61,13 @@ class TippingTogether(Result):
             torch.where(torch.tensor([bad[n] for n in names]), chosen, other), names
         )
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know."""
+        n = len(self.items)
+        few = f"only {n} items: intervals over fewer than {FEW_GROUPS} are rough"
+        return (few,) if n < FEW_GROUPS else ()
+
     def frame(self) -> "pd.DataFrame":
         """One row per threshold and round, and over all thresholds."""
         import pandas as pd
@@ -87,6 +95,7 @@ class TippingTogether(Result):
         return (
             f"{self.choices.shape[2]} agents of {self.agent}: collective choices {first.value:.1%} "
             f"in round 1, {end.value:.1%} [{end.low:.1%}, {end.high:.1%}] in round {last}"
+            + "".join(f"; {note}" for note in self.notes)
         )
 
     def _chosen(self, round_: int, threshold: int | None) -> Int[Tensor, "threshold item agent"]:
@@ -134,6 +143,7 @@ def tipping_together(
             f"thresholds {tuple(thresholds)} for {agents} agents in {rounds} rounds: give "
             "thresholds from 1 to the number of agents, and a round or more"
         )
+    warn_if_few([item.name for item in items])
     generator = torch.Generator().manual_seed(seed)
     choices = torch.full((len(thresholds), len(items), agents, rounds), UNPARSED)
     asked = Asked(agent, labels, parse or read_label)
@@ -172,5 +182,16 @@ def tipping_together(
         thresholds=tuple(map(int, thresholds)),
         choices=choices,
         breaks=tuple(item.collective == item.violating for item in items),
-        record=record_of(agent, seed, rounds=rounds, agents=agents, thresholds=list(thresholds)),
+        record=record_of(
+            agent,
+            seed,
+            [round_text(item, turned, [], labels) for item in items for turned in (False, True)],
+            rounds=rounds,
+            agents=agents,
+            thresholds=list(map(int, thresholds)),
+            memory=memory,
+            rewards=list(map(float, rewards)),
+            labels=list(labels),
+            items=[asdict(item) for item in items],
+        ),
     )

@@ -198,7 +198,7 @@ def cmap(
         change=torch.stack(list(change), -1).reshape(shape).float(),
         share=torch.stack(list(share), -1).reshape(shape).float(),
         null_change=null.float(),
-        notes=few(task.topics) + runs.patcher.notes,
+        notes=few(task.topics) + metrics.gap_note(other - first, task.topics) + runs.patcher.notes,
         record=runs.patcher.record({"task": task.name, "draws": draws, "seed": seed}),
     )
 
@@ -225,9 +225,10 @@ class _Swap:
 
     def measure(self, sets: Sequence[Kept]) -> Float[Tensor, "set prompt"]:
         """The metric with the outputs of each set taken from the source."""
+        given = self.patcher.values.at(parts_of(site for own in sets for site in own))
         found = []
         for own in sets:
-            values = self.patcher.values.at(parts_of(own))
+            values = {part: given[part] for part in parts_of(own)}
             found.append(self._with(self._tokens(own), values))
         return torch.stack(found)
 

@@ -173,7 +173,8 @@ def transplant(
                 torch.tensor([list(clustered_wilson(h, task.topics)) for h in hits]),
             )
         )
-        notes += tuple(n for n in runs.patcher.notes if n not in notes)
+        said = [f"{model.label}: {n}" for n in metrics.gap_note(gap, task.topics)]
+        notes += tuple(n for n in (*said, *runs.patcher.notes) if n not in notes)
     columns = [torch.stack(list(c)) for c in zip(*rows, strict=True)]
     name, unit = metrics.named(task.metric)
     return Transplant(
@@ -288,11 +289,11 @@ def _difference(
         return share(other, weights) - share(first, weights)
 
     value = difference(torch.ones(1, len(known), dtype=torch.float64))[0]
-    if len(known) < 2 or not bool(value.isfinite()):
+    without = difference(1 - torch.eye(len(known), dtype=torch.float64))
+    if len(known) < 2 or not bool(value.isfinite() & without.isfinite().all()):
         return torch.stack([value, value * torch.nan, value * torch.nan]).float()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(known), (resamples, len(known)), generator=generator)
     counts = torch.zeros(resamples, len(known), dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
-    leave = 1 - torch.eye(len(known), dtype=torch.float64)
-    return torch.stack(list(bca(value, difference(counts), difference(leave)))).float()
+    return torch.stack(list(bca(value, difference(counts), without))).float()

@@ -31,6 +31,9 @@ def draw_heads(found: "DirectAttribution", ax: "Axes | None") -> "Axes":
     )
     rows = [r for r in found.frame().to_dict("records") if r["kind"] == "head" and r["claimed"]]
     ringed = sorted(rows, key=lambda r: -abs(r["mean"]))[:15]
+    if ringed:
+        said = "the 15 largest" if len(rows) > 15 else "those"
+        ax.set_xlabel(f"head (rings: {said} beyond the null)")
     for row in ringed:
         for width, colour in ((3.0, "white"), (1.2, "black")):  # seen on any shade
             ax.plot(int(row["head"]), row["layer"], "o", ms=7, mew=width, mfc="none", mec=colour)
@@ -84,12 +87,8 @@ def draw_layers(found: "DirectAttribution", ax: "Axes | None") -> "Axes":
 
 def draw_both(found: "DirectAttribution") -> "Figure":
     """Map and bars beside each other, with one title."""
-    from matplotlib.figure import Figure
-
-    n = found.layer_means.shape[1]
+    made, (left, right) = figures.row(2, 8.6, max(4.2, 2.0 + 0.14 * found.layer_means.shape[1]))
     with figures.theme():
-        made = Figure(figsize=(8.6, max(4.2, 2.0 + 0.14 * n)), layout="constrained")
-        left, right = made.subplots(1, 2)
         draw_heads(found, left)
         draw_layers(found, right)
         made.suptitle(broken(f"{found.task}: {found.said}", 90), fontsize=10, fontweight="bold")

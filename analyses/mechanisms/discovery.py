@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.figures import broken
 from analyses.mechanisms.circuit import Circuit, heads_of
 from analyses.mechanisms.paths import LOGITS, path_map
 from analyses.mechanisms.task import Task
@@ -106,8 +107,13 @@ class Discovery(Result):
                 row = {
                     n: float(getattr(self, n)[s, layer, head]) for n in ("change", "low", "high")
                 }
-                chosen = site in self.groups[name]
-                rows.append({"stage": name, "site": site, **row, "chosen": chosen})
+                null = float(self.null_95[s])
+                more = {
+                    "null_95": null,
+                    "claimed": row["low"] > null or row["high"] < -null,
+                    "chosen": site in self.groups[name],
+                }
+                rows.append({"stage": name, "site": site, **row, **more})
         return pd.DataFrame(rows)
 
     def plot(self, ax: "Axes | None" = None, stage: int = 0) -> "Axes":
@@ -120,29 +126,38 @@ class Discovery(Result):
             found[:top],
             layers=range(top),
             columns=[str(h) for h in range(found.shape[1])],
-            xlabel="head that sends",
+            xlabel="head that sends (rings: chosen)",
             label=f"change of {self.metric}{unit}",
-            title=f"{self.names[stage]}: paths to {self.receivers[stage]}",
+            title=broken(f"{self.names[stage]}: paths to {self.receivers[stage]}"),
         )
         sites = [Site.parse(s) for s in self.groups[self.names[stage]]]
-        ax.plot([s.head or 0 for s in sites], [s.layer for s in sites], ls="", marker="o", ms=7,
-                mfc="none", mec=figures.PALETTE[6], mew=1.2)  # fmt: skip
+        for width, colour in ((3.0, "white"), (1.2, "black")):  # seen on any shade
+            ax.plot([s.head or 0 for s in sites], [s.layer for s in sites], ls="", marker="o",
+                    ms=7, mfc="none", mec=colour, mew=width)  # fmt: skip
         return ax
 
     def plot_all(self) -> "Figure":
         """All stages side by side."""
-        from matplotlib.figure import Figure
-
-        with figures.theme():
-            n = len(self.names)
-            figure = Figure(figsize=(5.0 * n, 4.6), layout="constrained")
-            for stage, ax in enumerate(figure.subplots(1, n, squeeze=False)[0]):
-                self.plot(ax, stage)
+        n = len(self.names)
+        figure, panels = figures.row(n, 5.0 * n, 4.6)
+        for stage, ax in enumerate(panels):
+            self.plot(ax, stage)
         return figure
 
     def __str__(self) -> str:
-        own = ", ".join(f"{name} {len(self.groups[name])}" for name in self.names)
-        return f"{self.task}: {sum(map(len, self.groups.values()))} heads chosen ({own})"
+        own = []
+        for s, name in enumerate(self.names):
+            said = f"{name} {len(self.groups[name])}"
+            if first := self.groups[name][:1]:
+                at = (s, *(int(x) for x in first[0].split(".head_out.")))
+                value, low, high = (float(t[at]) for t in (self.change, self.low, self.high))
+                said += f", most of all {first[0]} by {value:+.3g} [{low:.3g}, {high:.3g}]"
+                said += f" {self.unit}" * bool(self.unit)
+                null = float(self.null_95[s])
+                said += f", null at most {null:.2g}" * (null == null)
+            own.append(said)
+        n = sum(map(len, self.groups.values()))
+        return f"{self.task}: {n} heads chosen ({'; '.join(own)})"
 
 
 def discover(
@@ -181,6 +196,12 @@ def discover(
                 raise ValueError(
                     f"stage {stage.name!r} receives at {stage.receives!r}, which chose no head: "
                     "ask for another sign there, or leave the stage out"
+                )
+            if not any(site.layer for site in heads):
+                raise ValueError(
+                    f"stage {stage.name!r} receives at {stage.receives!r}, whose heads all lie in "
+                    "the first block, below which there are none: choose more heads there, or "
+                    "leave the stage out"
                 )
             to = receiving(model, heads, stage.part)
             own = by_name[stage.receives].at if stage.part == "q" else stage.at

@@ -44,8 +44,9 @@ class Faithfulness(Result):
     empty: Float[Tensor, " prompt"]
     """The metric with everything ablated, the circuit too."""
     ratio: Float[Tensor, " limit"]
-    """Mean of `alone` over mean of `full`, with its 95 % BCa limits over topics. It has a meaning
-    only where the metric has a natural zero (accuracy, a probability)."""
+    """Mean of `alone` over mean of `full`, with its 95 % limits over topics
+    (`metrics.share_interval`). It has a meaning only where the metric has a natural zero (accuracy,
+    a probability)."""
     normalised: Float[Tensor, " limit"]
     """(M(C) - M(nothing)) / (M(full) - M(nothing)) of means, with its limits: 0 no better than
     nothing, 1 the whole model; may lie outside. NaN where the two are equal."""
@@ -80,7 +81,10 @@ class Faithfulness(Result):
             for k, (name, values) in enumerate(
                 (("circuit alone", self.alone), ("nothing", self.empty))
             ):
-                ax.plot(self.full.numpy(), values.numpy(), ls="", label=name, **figures.style(k))
+                look = figures.style(k)
+                if k:
+                    look["mfc"] = "none"  # what lies below is seen
+                ax.plot(self.full.numpy(), values.numpy(), ls="", label=name, **look)
             unit = f" ({self.unit})" if self.unit else ""
             ax.set(
                 xlabel=f"whole model{unit}",
@@ -159,6 +163,8 @@ class FaithfulnessCurve(Result):
         reached = [n for n, v in zip(self.sizes, self.normalised[:, 0].tolist(), strict=True)
                    if v >= 0.8]  # fmt: skip
         said = f"{reached[0]} heads reach" if reached else f"{self.sizes[-1]} heads do not reach"
+        if reached == [len(self.ranked)]:
+            said = f"only all {reached[0]} heads reach"
         return f"{self.task}, {self.model}: {said} a faithfulness of 0.80"
 
     def _band(self) -> Tensor:
@@ -210,7 +216,7 @@ def faithfulness(
         ratio=metrics.triple(ratio),
         normalised=_normalised(alone, full, empty, task.topics, resamples, seed)[0],
         random=_shares(found[2:], full, empty),
-        notes=few(task.topics) + runs.patcher.notes,
+        notes=few(task.topics) + metrics.gap_note(full - empty, task.topics) + runs.patcher.notes,
         record=runs.patcher.record({"ablation": ablation, "draws": draws, "seed": seed}),
     )
 
@@ -268,7 +274,7 @@ def faithfulness_curve(
         sizes=tuple(sizes),
         normalised=_normalised(rows[:, 0], full, empty, task.topics, resamples, seed),
         random=torch.stack([_shares(own, full, empty) for own in rows[:, 1:]]),
-        notes=few(task.topics) + runs.patcher.notes,
+        notes=few(task.topics) + metrics.gap_note(full - empty, task.topics) + runs.patcher.notes,
         record=runs.patcher.record({"ablation": ablation, "draws": draws, "seed": seed}),
     )
 

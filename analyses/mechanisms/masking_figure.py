@@ -35,7 +35,7 @@ def accuracies(found: "ComponentMask", ax: "Axes | None") -> "Axes":
                 capsize=3,
                 color=figures.PALETTE[k],
                 hatch=("", "//", "..")[k],
-                label="95 % Wilson interval" if k == 1 else None,
+                label="accuracy, 95 % Wilson interval" if k == 1 else None,
             )
         if found.null_hits:
             generator = torch.Generator().manual_seed(0)
@@ -90,6 +90,7 @@ def components(found: "ComponentMask", group: str, ax: "Axes | None") -> "Axes":
         label="share taken from the source",
         title=broken(f"{found.name}, {group}" + ("; dots: patched" if dots else "")),
     )
+    ax.images[0].set(cmap="Oranges", clim=(0, 1))  # a share has no other side
     for i, j in dots:
         ax.plot(j, i, ls="", marker="o", ms=4, mfc="white", mec="black")
     return ax

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analyses.mechanisms.path_inputs import HeldRun, Row, Senders, Values
 from analyses.patching import metrics
-from analyses.patching.cells import Cell, Kept, parts_of
+from analyses.patching.cells import Cell, parts_of
 from analyses.patching.metrics import Metric
 from analyses.patching.patcher import TOGETHER, Patcher
 from analyses.patching.runs import Job
@@ -96,9 +96,8 @@ class Paths:
 
         `folder` keeps finished layers, by the lowest sender: the same call goes on."""
         patcher = self.patcher
-        described = patcher._described([Cell(s) for s in sets], metric) if folder else None
         about = (self.receivers, self.senders_at, self.receivers_at, self.freeze_mlps)
-        kept = Kept(folder, (described, about))
+        kept = patcher.kept(folder, [Cell(s) for s in sets], metric, about)
         found = torch.full((len(sets), len(patcher.ids)), torch.nan, dtype=torch.float64)
         layers: dict[int, list[int]] = {}
         for n, senders in enumerate(sets):

@@ -2,85 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from analyses.figures import broken
 from analyses.mechanisms.path_inputs import Senders
+from analyses.mechanisms.path_results import PathMap, PathPatched
 from analyses.mechanisms.path_runs import Paths, Where, where_said
 from analyses.mechanisms.task import Task
 from analyses.patching import metrics
-from analyses.patching.figure import heat_map
-from analyses.patching.grid import PatchMap
 from analyses.patching.metrics import Metric
-from analyses.patching.patch import Patched, few
+from analyses.patching.patch import few
 from analyses.patching.patcher import Patcher
 from analyses.patching.sources import From, Resampled, Source
 from probes.model import HookedModel
 from probes.progress import progress as show
 from probes.sites import Site, Sites
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 LOGITS = "logits"
 """The receiver of a direct path: nothing between the sender and the answer but MLPs."""
-
-
-@dataclass(frozen=True)
-class PathPatched(Patched):
-    """A metric before and after one path was patched; `sites` are the senders."""
-
-    receivers: tuple[str, ...]
-    """Inputs of heads (q, k, v), or "logits"."""
-    receivers_at: str
-
-    def __str__(self) -> str:
-        return f"path to {_some(self.receivers)}: {super().__str__()}"
-
-
-@dataclass(frozen=True)
-class PathMap(PatchMap):
-    """What every head does to the answer along its path to one set of receivers.
-
-    `change`, `share` and their limits are those of the path alone; NaN for heads from which no path
-    leads to a receiver.
-    """
-
-    receivers: tuple[str, ...]
-    receivers_at: str
-    each: Float[Tensor, "layer column prompt"]
-    """Change of every prompt, in the metric's unit."""
-    topics: tuple[str, ...]
-
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Mean change of the metric, every head; dots mark what the null does not explain."""
-        unit = f" ({self.unit})" if self.unit else ""
-        many = [bool(row.isfinite().any()) for row in self.change]
-        below = self.layers[: max((k for k, some in enumerate(many) if some), default=-1) + 1]
-        ax = heat_map(
-            ax,
-            self.change[: len(below)],
-            layers=below,
-            columns=self.columns,
-            xlabel="head that sends",
-            label=f"change of {self.metric}{unit}",
-            title=broken(
-                f"Paths to {_some(self.receivers)}"
-                + ("; dots: told from the null" if bool(self.claimed.any()) else "")
-            ),
-        )
-        at = self.claimed.nonzero()
-        ax.plot(at[:, 1].numpy(), at[:, 0].numpy(), ls="", marker=".", ms=3, color="black")
-        return ax
-
-    def __str__(self) -> str:
-        said = super().__str__().replace("map of heads: ", "", 1)
-        return f"paths to {_some(self.receivers)}: {said}".replace("no patch", "no path")
 
 
 def path_patch(
@@ -140,7 +81,11 @@ def path_patch(
         share=metrics.triple(share),
         null_change=(found - target).mean(-1).float(),
         null_kind={"prompts": "other prompts", "receivers": "other receivers"}.get(null or "", ""),
-        notes=few(task.topics) + notes + prepared.patcher.notes + paths.notes,
+        notes=few(task.topics)
+        + metrics.gap_note(other - target, task.topics)
+        + notes
+        + prepared.patcher.notes
+        + paths.notes,
         record=prepared.record(paths, {"senders": [str(s) for s in chosen], "seed": seed}),
         receivers=_names(paths),
         receivers_at=_place(receivers_at) if paths.receivers else "last",
@@ -222,8 +167,12 @@ def path_map(
         share_low=grids[4],
         share_high=grids[5],
         null_change=(nothing - target).mean(-1).float(),
-        notes=few(task.topics) + notes + prepared.patcher.notes + paths.notes,
-        record=prepared.record(paths, {"seed": seed, "draws": draws}),
+        notes=few(task.topics)
+        + metrics.gap_note(other - target, task.topics)
+        + notes
+        + prepared.patcher.notes
+        + paths.notes,
+        record=prepared.record(paths, {"seed": seed, "draws": len(nothing)}),
         receivers=_names(paths),
         receivers_at=_place(receivers_at) if paths.receivers else "last",
         each=each,
@@ -235,7 +184,12 @@ def path_map(
 class _Prepared:
     patcher: Patcher
     task: Task
-    metric: Metric
+    asked: Metric | str
+
+    @cached_property
+    def metric(self) -> Metric:
+        """Made after the paths: they say what the runs share."""
+        return self.patcher.metric(self.asked)
 
     def paths(
         self, receivers: Sites, senders_at: "str | Where", receivers_at: "str | Where", mlps: bool
@@ -292,7 +246,7 @@ def _prepared(
     origin = From(prompts=task.counterfactuals) if source is None else source
     patcher = Patcher(model, task.prompts, origin, batch_size=batch_size)
     patcher.settled()
-    return _Prepared(patcher, task, patcher.metric(task.metric if metric is None else metric))
+    return _Prepared(patcher, task, task.metric if metric is None else metric)
 
 
 def at(task: Task, where: "str | Where") -> Where:
@@ -306,10 +260,6 @@ def _place(where: "str | Where") -> str:
 
 def _names(paths: Paths) -> tuple[str, ...]:
     return tuple(map(str, paths.receivers)) or (LOGITS,)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _others(patcher: Patcher, paths: Paths, senders: Senders, seed: int) -> tuple[Site, ...]:

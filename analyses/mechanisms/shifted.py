@@ -136,20 +136,23 @@ class ShiftedTokens(Result):
         )  # fmt: skip
 
     def plot_projection(self, ax: "Axes | None" = None) -> "Axes":
-        """Position of both runs along the class direction, by layer."""
+        """How much further towards the positive class the aligned run lies, by layer. (Positions
+        themselves are in `frame()`: where a layer hardly parts the classes they are huge.)"""
         ax = figures.axes(ax, 5.0, 3.9)
-        layers = torch.arange(self.projection.shape[1]).numpy()
+        layers = torch.arange(len(self.projection_gap)).numpy()
+        null = self.projection_null.numpy()
+        value, low, high = self.projection_gap.T.numpy()
         with figures.theme():
-            for m, name in enumerate((self.base, self.aligned)):
-                value, low, high = self.projection[m].T.numpy()
-                look = figures.style(m)
-                ax.plot(layers, value, label=name, markevery=3, **look)
-                ax.fill_between(layers, low, high, color=look["color"], alpha=0.2, lw=0)
-            for at in (0, 1):
-                ax.axhline(at, color=figures.PALETTE[6], lw=0.8)
+            look = figures.style(0)
+            ax.fill_between(
+                layers, -null, null, color=figures.PALETTE[7], alpha=0.25, lw=0,
+                label="20 other directions, 95 %",
+            )  # fmt: skip
+            ax.fill_between(layers, low, high, color=look["color"], alpha=0.2, lw=0)
+            ax.plot(layers, value, label=f"{self.aligned} less {self.base}", markevery=3, **look)
             ax.set(
                 xlabel="layer (0 is the first block)",
-                ylabel="position along the class direction\n(0 negative, 1 positive class)",
+                ylabel="move along the class direction\n(1: from one class to the other)",
                 title="Where the shifted token is chosen",
             )
             legend_below(ax, f"{len(self.tokens)} tokens, 95 % interval")

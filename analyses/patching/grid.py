@@ -58,7 +58,8 @@ class PatchMap(Result):
     change_high: Float[Tensor, "layer column"]
     """95 % BCa limits over topics, each site by itself."""
     share: Float[Tensor, "layer column"]
-    """Mean change over the mean of source - target: 1 is the whole gap; NaN without a gap."""
+    """Mean change over the mean of source - target: 1 is the whole gap; NaN without a gap. Its limits
+    (`metrics.share_interval`) are NaN too where the gap lies in one topic."""
     share_low: Float[Tensor, "layer column"]
     share_high: Float[Tensor, "layer column"]
     null_change: Float[Tensor, " draw"]
@@ -170,27 +171,32 @@ def patch_map(
     sites on some prompts and measure them on others (`patch`).
 
     The null patches `draws` sites drawn from the map with the values of other prompts of the
-    source; it needs a source run. With `folder` finished layers are kept there, and the same call
+    source; it needs a source run, and positions that are no `Spans`. With `folder` finished layers are kept there, and the same call
     made again goes on.
     """
     patcher = Patcher(model, prompts, source, positions, batch_size=batch_size)
     topics = tuple(topics) if topics is not None else tuple(str(i) for i in range(len(prompts)))
-    read = patcher.metric(metric)
     rows, names, cells = map_cells(patcher, kind, part, columns, layers)
     present = [(i, j) for i in range(len(rows)) for j in range(len(names)) if cells[i][j]]
-    chosen = [cells[i][j] for i, j in present]
+    chosen = [c for i, j in present if (c := cells[i][j])]
+    patcher.ready(chosen)
+    read = patcher.metric(metric)
     target, other = patcher.ends(read)
     null = torch.zeros(0, len(target), dtype=torch.float64)
     notes = few(topics)
-    n_null = draws if isinstance(source, From) and len(set(topics)) > 1 else 0
-    if not n_null and draws:
+    n_null = draws
+    if draws and isinstance(positions, Spans):
+        n_null = 0
+        notes += ("No null was drawn: values of another prompt cannot follow named spans.",)
+    elif draws and not (isinstance(source, From) and len(set(topics)) > 1):
+        n_null = 0
         notes += ("No null was drawn: it needs a source run and prompts of two topics.",)
     with show(len(chosen) + n_null, f"patching {model.label}", progress) as advance:
-        found = patcher.measure([c for c in chosen if c], read, folder=folder, advance=advance)
+        found = patcher.measure(chosen, read, folder=folder, advance=advance)
         if n_null and not isinstance(positions, Spans):
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.randint(len(chosen), (n_null,), generator=generator).tolist()
-            some = [c for k in drawn if (c := chosen[k])]
+            some = [chosen[k] for k in drawn]
             null = other_prompts(patcher, some, read, positions, topics, seed, advance)
     raw = metrics.mean_interval(found - target, topics, resamples=resamples, seed=seed)
     share = metrics.share_interval(
@@ -221,8 +227,8 @@ def patch_map(
         share_low=grids[4],
         share_high=grids[5],
         null_change=(null - target).mean(-1).float(),
-        notes=notes + patcher.notes,
-        record=patcher.record({"kind": kind, "part": part, "seed": seed, "draws": draws}),
+        notes=notes + metrics.gap_note(other - target, topics) + patcher.notes,
+        record=patcher.record({"kind": kind, "part": part, "seed": seed, "draws": n_null}),
     )
 
 

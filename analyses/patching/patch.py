@@ -48,7 +48,8 @@ class Patched(Result):
     upper 95 % BCa limit over topics; positive: the patch raises the metric."""
     share: Float[Tensor, " limit"]
     """Mean change over the mean of source - target: 0 nothing, 1 the whole gap; may lie outside.
-    NaN without a source run, or where the runs have no gap."""
+    NaN without a source run, or where the runs have no gap; limits NaN where the gap lies in
+    one topic."""
     null_change: Float[Tensor, " draw"]
     """Mean change of each draw of the null; empty where none could be drawn."""
     null_kind: str
@@ -173,6 +174,7 @@ def patch(
     )
     topics = tuple(topics) if topics is not None else tuple(str(i) for i in range(len(prompts)))
     chosen = patcher.checked(sites)
+    patcher.ready([Cell(chosen)])
     read = patcher.metric(metric)
     target, other = patcher.ends(read)
     notes = few(topics)
@@ -209,8 +211,10 @@ def patch(
         share=metrics.triple(share),
         null_change=(found - target).mean(-1).float(),
         null_kind={"sites": "as many other sites", "prompts": "other prompts"}.get(null or "", ""),
-        notes=notes + patcher.notes,
-        record=patcher.record({"sites": [str(s) for s in chosen], "seed": seed, "draws": draws}),
+        notes=notes + metrics.gap_note(other - target, topics) + patcher.notes,
+        record=patcher.record(
+            {"sites": [str(s) for s in chosen], "seed": seed, "draws": len(found)}
+        ),
     )
 
 

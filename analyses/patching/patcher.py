@@ -60,7 +60,10 @@ class Patcher(Prepared):
         return metric
 
     def ends(self, metric: Metric) -> tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]]:
-        """The metric of the target run and of the source run (NaN where there is none)."""
+        """The metric of the target run and of the source run (NaN where there is none).
+
+        Where cells at positions of their own will be measured, let `ready` see them first.
+        """
         target = metrics.measured(metric, self.target_logits, self.texts)
         if self.source_logits is None:
             return target, torch.full_like(target, torch.nan)
@@ -81,7 +84,8 @@ class Patcher(Prepared):
     ) -> Float[Tensor, "cell prompt"]:
         """The metric of every patched run, float64. `folder` keeps cells that are finished, layer
         by layer: the same call made again goes on where it was stopped."""
-        kept = Kept(folder, None if folder is None else self._described(cells, metric))
+        self.ready(cells)
+        kept = self.kept(folder, cells, metric)
         found = torch.full((len(cells), len(self.ids)), torch.nan, dtype=torch.float64)
         layers: dict[int, list[int]] = {}
         for c, cell in enumerate(cells):
@@ -150,10 +154,20 @@ class Patcher(Prepared):
         }[kind]
         return f"{words} ({self.values.model.label})" if other else words
 
-    def _described(self, cells: Sequence[Cell], metric: Metric) -> object:
-        """What a measurement depends on, for the files that keep it."""
+    def kept(
+        self, folder: Path | str | None, cells: Sequence[Cell], metric: Metric, *more: object
+    ) -> Kept:
+        """A folder for what a metric of these cells gives; `more` is what it depends on besides."""
+        if folder is None:
+            return Kept(None, None)
+        for model in (self.model, self.values.model):
+            if getattr(model.engine, "edited", False):
+                raise ValueError(
+                    f"{model.name} is being edited, which the files in {folder} would not say: "
+                    "measure outside the edits, or without a folder"
+                )
         record = self.record({})
-        return (
+        described = (
             record.fingerprints,
             record.prompts_hash,
             record.engine,
@@ -163,8 +177,11 @@ class Patcher(Prepared):
             self.hold,
             self.held_positions,
             metrics.named(metric),
+            metrics.fields_of(metric),
             tuple(cells),
+            more,
         )
+        return Kept(folder, described, torch.cat(self.ends(metric)))
 
     def _portions(
         self, todo: Sequence[int], layers: Mapping[int, Sequence[int]], cells: Sequence[Cell]

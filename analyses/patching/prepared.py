@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from analyses.patching.cells import Cell, Held, parts_of
-from analyses.patching.runs import ALLOWED, Job, Runs, Write, common, shareable, shortened
+from analyses.patching.runs import ALLOWED, Runs, common, shareable, shortened
 from analyses.patching.sources import From, Resampled, Source, Values
 from analyses.patching.spans import Alignment, Indices, Spans, agreed, chosen, said
+from analyses.patching.writes import Job, Write
 from probes.model import HookedModel
 from probes.positions import Positions
 from probes.prompts import Prompt, Rendered
@@ -49,7 +51,8 @@ class Prepared:
         other._set_up(self.model, self.rendered, source, positions, self.batch_size)
         other.hold, other.held_positions = self.hold, self.held_positions
         other._tried = self._tried
-        other._open(resume=self.runs.resume, share=self.runs.shared > 0)
+        shared = self.runs.shared
+        other._open(resume=self.runs.resume, share=shared > 0, most=shared)
         if other.runs.shared == self.runs.shared:
             other.runs = self.runs
             if "target_logits" in self.__dict__:
@@ -75,9 +78,17 @@ class Prepared:
 
     def settled(self) -> Runs:
         """The target runs, after it was seen whether their passes may be shortened."""
-        if not self._tried:
-            self._load([Cell((Site(self.model.n_layers // 2, "resid_post"),))])
+        self.ready([Cell((Site(self.model.n_layers // 2, "resid_post"),))])
         return self.runs
+
+    def ready(self, cells: Sequence[Cell]) -> None:
+        """Settle how passes with these cells are shortened: before anything is measured, since a
+        pass made otherwise may round otherwise."""
+        self.alike([self._tokens(c) for c in {cell.positions: cell for cell in cells}.values()])
+        order = sorted(cells, key=lambda cell: min(site.layer for site in cell.sites))
+        while order and not self._tried:
+            self._tried = True
+            self._try(order[len(order) // 2])
 
     def checked(self, sites: Sites) -> tuple[Site, ...]:
         """The sites named, each of which can be patched in this model."""
@@ -102,7 +113,9 @@ class Prepared:
             shared = shareable(self.ids, ids, pairs)
             shared = shared if most is None else min(shared, most)
             if shortened(self.values.model) and self.values.model.layout.shares_prefix:
-                source_shared = shared if self.values.ids == self.ids else common(self.values.ids)
+                source_shared = common(self.values.ids)
+                if same:  # no longer than here: what is computed otherwise differs by rounding
+                    source_shared = min(shared, source_shared)
             elif same:
                 shared = 0  # what the source has there differs by rounding from prompt to prompt
         self.runs = Runs(self.model, self.ids, shared=shared, resume=resume, rows=self.batch_size)
@@ -111,8 +124,11 @@ class Prepared:
             self.__dict__.pop(made, None)
 
     def _load(self, cells: Sequence[Cell]) -> Held:
-        """Read what these cells need; on first use, see whether passes may be shortened."""
-        self.alike([self._tokens(c) for c in {cell.positions: cell for cell in cells}.values()])
+        """Read what these cells need."""
+        self.ready(cells)
+        return self._read(cells)
+
+    def _read(self, cells: Sequence[Cell]) -> Held:
         parts = parts_of(s for cell in cells for s in cell.sites)
         held = Held(values=self.values.at(parts))
         own = self.runs.read([*dict.fromkeys([*parts, *self.hold])])
@@ -122,54 +138,47 @@ class Prepared:
                 for v, o, t in zip(held.values[part], own[part], self.alignment.target, strict=True)
             ]
         held.own = {site: own[site] for site in self.hold}
-        if self.runs.resume:
-            firsts = {self._first(cell, held) for cell in cells} - {None, 0}
-            sites = {layer: Site(layer, "resid_pre") for layer in firsts if layer is not None}
-            read = self.runs.read(list(sites.values())) if sites else {}
-            held.entering = {layer: read[site] for layer, site in sites.items()}
-        if not self._tried:
-            self._tried = True
-            if not self._try(cells, held):
-                return self._load(cells)
+        held.entering = self._entering([self._first(cell, held) for cell in cells])
         return held
 
-    def _try(self, cells: Sequence[Cell], held: Held) -> bool:
-        """Compare shortened passes with whole ones; where they part, whole passes are made.
+    def _entering(self, layers: Sequence[int | None]) -> dict[int, list[Tensor]]:
+        """What enters these blocks, where passes may start there."""
+        sites = {k: Site(k, "resid_pre") for k in layers if k} if self.runs.resume else {}
+        read = self.runs.read(list(sites.values())) if sites else {}
+        return {k: read[site] for k, site in sites.items()}
 
-        One starts where half of these cells do, the other at the last block with nothing put in:
-        where blocks use what lower ones computed (keys and values of Gemma 4), that fails first.
+    def _try(self, cell: Cell) -> None:
+        """Compare shortened passes with whole ones; where they part, open others.
+
+        One starts where the cell does, one at the last block with nothing put in: where blocks use
+        what lower ones computed (keys and values of Gemma 4), that fails first. One only shares the
+        beginning, through all blocks.
         """
-        firsts = [(self._first(cell, held), c) for c, cell in enumerate(cells)]
-        some = sorted((first, c) for first, c in firsts if first is not None)
-        if not some:
-            self._tried = False  # nothing to compare with yet
-            return True
-        first, c = some[len(some) // 2]
+        held = self._read([cell])
+        first = self._first(cell, held)
+        first = min(site.layer for site in cell.sites) if first is None else first
         order = [i for chunk in self.runs.chunks for i in chunk]
         trial = sorted({order[0], order[len(order) // 2], order[-1]})
-        jobs = [Job(i, 0, self._writes(cells[c], i, held)) for i in trial]
+        plain = [Job(i, 0) for i in trial]
+        passes = [([Job(i, 0, self._writes(cell, i, held)) for i in trial], first)]
+        passes += [(plain, self.model.n_layers - 1)] if self.runs.resume else []
+        passes += [(plain, 0)] if self.runs.shared else []
         whole = Runs(self.model, self.ids, rows=self.batch_size)
-        allowed = ALLOWED.get(self.model.dtype, 0.05)
         try:
-            error = self.runs.error(whole, jobs, first, held.entering.get(first))
-            if self.runs.resume and (last := self.model.n_layers - 1):
-                site = Site(last, "resid_pre")
-                entering = self.runs.read([site])[site]
-                plain = [Job(i, 0) for i in trial]
-                error = max(error, self.runs.error(whole, plain, last, entering))
+            entering = self._entering([block for _, block in passes])
+            error = max(self.runs.error(whole, jobs, k, entering.get(k)) for jobs, k in passes)
             said = f"relative error {error:.1e} of the logits"
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:
             error, said = torch.inf, f"{type(e).__name__}: {e}".splitlines()[0][:200]
-        if error <= allowed:
-            return True
+        if error <= ALLOWED.get(self.model.dtype, 0.05):
+            return
         shares = self.runs.shared > 0
         what = "share a beginning" if shares else "start at a patched block"
         self.notes += (f"{self.model.layout.architecture} cannot {what} here ({said})",)
         self._tried = not shares
         self._open(resume=shares, share=False)
-        return False
 
     def _first(self, cell: Cell, held: Held) -> int | None:
         """The first layer at which the cell changes anything in any prompt; None: nowhere."""

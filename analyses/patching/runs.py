@@ -8,14 +8,14 @@ the plain engine, and both are tried against a whole pass before they are used (
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.engines import Batch, Edit, Where
+from analyses.patching.writes import Job, Write, edits_of
+from probes.engines import Batch, Edit
 from probes.engines.hooks import HookEngine, Prefix
 from probes.model import HookedModel
 from probes.prompts import pad, pad_id_of
@@ -29,41 +29,13 @@ PADDING = 0.05
 """Pads a batch may hold, as a share of its real tokens."""
 
 
-@dataclass(frozen=True)
-class Write:
-    """Values put at one part of one layer in one prompt."""
-
-    site: Site
-    """Without a head: `heads` says which."""
-    tokens: tuple[int, ...]
-    """Indices in the unpadded prompt."""
-    heads: tuple[int, ...] | None
-    """None for parts without heads, or for all of them."""
-    values: Tensor
-    """`[token, width]`, or `[token, head, width]` with the heads named."""
-
-    def between(self, start: int, stop: int) -> "Write | None":
-        """What falls on the tokens `start` to `stop`, counted from there."""
-        inside = [k for k, token in enumerate(self.tokens) if start <= token < stop]
-        if not inside:
-            return None
-        tokens = tuple(self.tokens[k] - start for k in inside)
-        return Write(self.site, tokens, self.heads, self.values[inside])
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row of a batch: a prompt with what is put into its run."""
-
-    prompt: int
-    patch: int
-    """Rows of one patch share what happens in the common beginning."""
-    writes: tuple[Write, ...] = ()
-
-
 class Runs:
     """Prompts of one model, batched by length in chunks that never change, so that a run with the
-    same values put in gives the same bits."""
+    same values put in gives the same bits.
+
+    Whole prompts are padded on the left. What follows a shared beginning is padded on the right:
+    pads between the two would use up the window of attention that looks back so many tokens.
+    """
 
     def __init__(
         self,
@@ -92,7 +64,7 @@ class Runs:
             more = {} if prefix is None else {"prefix": prefix}
             for site, h in engine.read(batch, sites, **more).items():
                 for row, i in zip(h.cpu(), chunk, strict=True):
-                    own = row[len(row) - len(self.ids[i]) + self.shared :]
+                    own = row[self._at(i, len(row))]
                     if prefix is not None:
                         own = torch.cat([prefix.reads[site][0].cpu(), own])
                     found[site][i] = own.clone()
@@ -124,10 +96,14 @@ class Runs:
                 )
             if resumes:
                 assert hidden is not None
-                entering = self._entering(batch, [hidden[job.prompt] for job in jobs])
+                entering = self._entering(batch, jobs, hidden)
                 stack.enter_context(self._skipping(first, entering))
             stack.enter_context(self.model.edit(self._edits(batch, jobs)))
-            found = engine.logits(batch, 1, **more)[:, -1]
+            ends = torch.tensor([len(self.ids[job.prompt]) - self.shared for job in jobs])
+            pads = batch.ids.shape[1] - ends if self.shared else torch.zeros_like(ends)
+            last = int(pads.max()) + 1
+            found = engine.logits(batch, last, **more)
+            found = found[torch.arange(len(jobs)), last - 1 - pads]
         return found.float().cpu()
 
     def activations(
@@ -146,13 +122,13 @@ class Runs:
         batch = self._batch([job.prompt for job in jobs])
         with ExitStack() as stack:
             if self.resume and first > 0 and hidden is not None:
-                entering = self._entering(batch, [hidden[job.prompt] for job in jobs])
+                entering = self._entering(batch, jobs, hidden)
                 stack.enter_context(self._skipping(first, entering))
             stack.enter_context(self.model.edit(self._edits(batch, jobs)))
             found = self.model.engine.read(batch, sites)
         return {
             site: [
-                row[len(row) - len(self.ids[job.prompt]) :].clone()
+                row[self._at(job.prompt, len(row))].clone()
                 for row, job in zip(h.cpu(), jobs, strict=True)
             ]
             for site, h in found.items()
@@ -184,26 +160,31 @@ class Runs:
 
     def _batch(self, prompts: Sequence[int]) -> Batch:
         tails = [self.ids[i][self.shared :] for i in prompts]
-        return pad(tails, pad_id_of(self.model.tokenizer), "left").to(self.model.device)
+        side = "right" if self.shared else "left"
+        return pad(tails, pad_id_of(self.model.tokenizer), side).to(self.model.device)
+
+    def _at(self, prompt: int, width: int) -> slice:
+        """Columns of a batch so wide in which a prompt stands, after what is shared."""
+        length = len(self.ids[prompt]) - self.shared
+        return slice(0, length) if self.shared else slice(width - length, width)
 
     def _edits(self, batch: Batch, jobs: Sequence[Job], scope: str = "all") -> list[Edit]:
         width = batch.ids.shape[1]
-        placed = []
+        placed: list[tuple[int, int, Write]] = []
         for row, job in enumerate(jobs):
-            length = len(self.ids[job.prompt])
+            start = self._at(job.prompt, width).start
             for write in job.writes:
-                tail = write.between(self.shared, length)
+                tail = write.between(self.shared, len(self.ids[job.prompt]))
                 if tail is not None:
-                    placed.append((row, width - length + self.shared, tail))
+                    placed.append((row, start, tail))
         return edits_of(placed, scope)
 
-    def _entering(self, batch: Batch, hidden: Sequence[Tensor]) -> Tensor:
-        """What enters a block, padded as the batch is."""
+    def _entering(self, batch: Batch, jobs: Sequence[Job], hidden: Sequence[Tensor]) -> Tensor:
+        """What enters a block in the run of each job, padded as the batch is."""
         rows, width = batch.ids.shape
         padded = torch.zeros(rows, width, hidden[0].shape[-1], dtype=hidden[0].dtype)
-        for row, h in enumerate(hidden):
-            tail = h[self.shared :]
-            padded[row, width - len(tail) :] = tail
+        for row, job in enumerate(jobs):
+            padded[row, self._at(job.prompt, width)] = hidden[job.prompt][self.shared :]
         return padded.to(batch.ids.device)
 
     def _skipping(self, first: int, entering: Tensor) -> AbstractContextManager[None]:
@@ -265,30 +246,6 @@ class Runs:
         if hidden is not None:  # blocks that passed on kept nothing
             made.cache.layers[:first] = clean.cache.layers[:first]
         return made
-
-
-def edits_of(placed: Sequence[tuple[int, int, Write]], scope: str = "all") -> list[Edit]:
-    """Edits that put values at (row, first column, write), one for each part of a layer."""
-    by_site: dict[Site, list[tuple[int, int, Write]]] = {}
-    for row, offset, write in placed:
-        by_site.setdefault(write.site, []).append((row, offset, write))
-
-    def edit(site: Site, writes: Sequence[tuple[int, int, Write]]) -> Edit:
-        def put(h: Tensor, _where: Where) -> Tensor:
-            new = h.clone()
-            for row, offset, write in writes:
-                columns = torch.tensor(write.tokens, device=h.device) + offset
-                values = write.values.to(h)
-                if write.heads is None:
-                    new[row, columns] = values
-                else:
-                    heads = torch.tensor(write.heads, device=h.device)
-                    new[row, columns[:, None], heads] = values
-            return new
-
-        return Edit(site, put, scope)
-
-    return [edit(site, by_site[site]) for site in sorted(by_site)]
 
 
 def _stacked(layers: Sequence[Any]) -> Any:

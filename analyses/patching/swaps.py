@@ -40,6 +40,7 @@ class ActivationSwap:
         self.folder = None if folder is None else Path(folder)
         self.advance = advance
         self.patcher = Patcher(drifted, prompts, From(model=aligned), batch_size=batch_size)
+        self.patcher.settled()
         self.target, self.source = self.patcher.ends(metric)
 
     @property
@@ -118,24 +119,37 @@ class WeightSwap(ActivationSwap):
         return found
 
     def change(self, units: Sequence[Unit], name: str) -> Float[Tensor, "unit prompt"]:
-        runs = self.patcher.settled()
-        entering = self._entering
+        folder = None if self.folder is None else self.folder / name
+        cells = [Cell(unit) for unit in units]
+        kept = self.patcher.kept(folder, cells, self.metric, "weights")
         found = torch.zeros(len(units), len(self.target), dtype=torch.float64)
+        layers: dict[int, list[int]] = {}
         for u, unit in enumerate(units):
-            if not replacement(self.drifted, self.aligned, unit):
-                self.advance(1)
-                continue
-            first = min(site.layer for site in unit)
-            logits = torch.empty_like(self.patcher.target_logits)
-            with patched_weights(self.drifted, self.aligned, unit):
-                prefixes = {}
-                for chunk in runs.chunks:
-                    jobs = [Job(i, 0) for i in chunk]
-                    hidden = entering.get(first)
-                    logits[chunk] = runs.logits(jobs, first, hidden, prefixes=prefixes, fresh=True)
-            found[u] = metrics.measured(self.metric, logits, self.patcher.texts) - self.target
-            self.advance(1)
+            layers.setdefault(min(site.layer for site in unit), []).append(u)
+        for layer, own in layers.items():
+            done = kept.read(layer)
+            if done is not None:
+                self.advance(len(own))
+            else:
+                done = torch.stack([self._measured(units[u]) for u in own])
+                kept.write(layer, done)
+            found[own] = done - self.target
         return found
+
+    def _measured(self, unit: Unit) -> Float[Tensor, " prompt"]:
+        """The metric with the weights of a unit swapped."""
+        self.advance(1)
+        if not replacement(self.drifted, self.aligned, unit):
+            return self.target
+        runs, first = self.patcher.runs, min(site.layer for site in unit)
+        logits = torch.empty_like(self.patcher.target_logits)
+        hidden = self._entering.get(first)
+        with patched_weights(self.drifted, self.aligned, unit):
+            prefixes = {}
+            for chunk in runs.chunks:
+                jobs = [Job(i, 0) for i in chunk]
+                logits[chunk] = runs.logits(jobs, first, hidden, prefixes=prefixes, fresh=True)
+        return metrics.measured(self.metric, logits, self.patcher.texts)
 
     def generate(self, unit: Unit, max_new_tokens: int) -> list[str]:
         with patched_weights(self.drifted, self.aligned, unit):

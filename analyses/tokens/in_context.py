@@ -5,6 +5,7 @@ often agrees with the aligned model where, behind the aligned model's own templa
 The aligned answers stay the same; only what the base reads before them changes.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,9 +56,10 @@ class ContextShifts(Result):
     """Mean KL(aligned‖base) in nats."""
     kl_low: Float[Tensor, "context group"]
     kl_high: Float[Tensor, "context group"]
+    notes: tuple[str, ...] = ()
 
     def frame(self) -> "pd.DataFrame":
-        """One row per context and group; limits are 95 % BCa over prompts."""
+        """One row per context and group; limits are 95 % BCa over prompts, NaN of one prompt."""
         import pandas as pd
 
         rows = []
@@ -146,6 +148,11 @@ def compare_contexts(shifts: Sequence[TokenShift], seed: int = 0) -> ContextShif
     shares, differences, kls = [], [], []
     for group in groups:
         chosen = same.among(group)
+        if not chosen.any():
+            shares += [_unknown(len(KINDS))] * len(shifts)
+            differences += [_unknown()] * len(shifts)
+            kls += [_unknown()] * len(shifts)
+            continue
         reference = _shifted(same, chosen, seed)
         for shift in shifts:
             kinds = torch.nn.functional.one_hot(shift.kinds, len(KINDS))
@@ -173,8 +180,25 @@ def compare_contexts(shifts: Sequence[TokenShift], seed: int = 0) -> ContextShif
             for name, t in found.items()
             for i, end in enumerate(("", "_low", "_high"))
         },
-        record=same.record,
+        notes=same.notes,
+        record=dataclasses.replace(
+            same.record,
+            seeds=(seed,),
+            settings={
+                **same.record.settings,
+                "base_context": [shift.base_context for shift in shifts],
+                "base_prompts_hash": {
+                    shift.base_context: shift.record.settings.get("base_prompts_hash", "")
+                    for shift in shifts
+                },
+            },
+        ),
     )
+
+
+def _unknown(*shape: int) -> Intervals:
+    """Of a group none of whose answers has a token."""
+    return Intervals(*(torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(3)))
 
 
 def _shifted(shift: TokenShift, chosen: Tensor, seed: int) -> Pooled:

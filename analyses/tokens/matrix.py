@@ -16,7 +16,15 @@ from torch import Tensor
 from analyses.checkpoints import Checkpoints
 from analyses.figures import broken
 from analyses.tokens.paths import along, answers_of, reader
-from analyses.tokens.shares import LIMITS, enough, pooled, share_intervals, sums
+from analyses.tokens.shares import (
+    LIMITS,
+    cut_off,
+    enough,
+    pooled,
+    said_cut_off,
+    share_intervals,
+    sums,
+)
 from probes import figures
 from probes.prompts import Prompt, prompts_hash
 from probes.results import Record, Result
@@ -36,7 +44,8 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class ShiftMatrix(Result):
-    """Divergence and shifted share for every writer and reader; `[writer, reader, group]`."""
+    """Divergence and shifted share for every writer and reader; `[writer, reader, group]`. Limits
+    are NaN where one prompt of a group has tokens, and values too where none has."""
 
     models: tuple[str, ...]
     groups: tuple[str, ...]
@@ -54,7 +63,7 @@ class ShiftMatrix(Result):
     shifted_low: Float[Tensor, "model model group"]
     shifted_high: Float[Tensor, "model model group"]
     identical: Bool[Tensor, "model model"]
-    """Whether the reader's distributions were the writer's, bit for bit, at every token."""
+    """Whether the reader's logits were the writer's, bit for bit, at every token."""
     notes: tuple[str, ...]
 
     def frame(self) -> "pd.DataFrame":
@@ -87,13 +96,13 @@ class ShiftMatrix(Result):
         value, low, high = (
             getattr(self, quantity + end)[..., g].tolist() for end in ("", "_low", "_high")
         )
-        top = max(max(map(max, value)), 1e-9)
+        top = max(1e-9, *(v for row in value for v in row if v == v))
         with figures.theme():
             image = ax.imshow(value, cmap="cividis", vmin=0, vmax=top, aspect="auto")
             for w in range(n):
                 for r in range(n):
                     said = f"{value[w][r]:.2f}"
-                    if w != r:
+                    if w != r and low[w][r] == low[w][r]:  # NaN: one prompt has no interval
                         said += f"\n[{low[w][r]:.2f}, {high[w][r]:.2f}]"
                     # cividis is dark where it is low
                     colour = "black" if value[w][r] > 0.6 * top else "white"
@@ -148,20 +157,27 @@ def shift_matrix(
     table = {name: torch.zeros(3, n, n, len(named), dtype=torch.float64) for name in SHOWN}
     tokens = torch.zeros(n, len(named), dtype=torch.long)
     identical = torch.zeros(n, n, dtype=torch.bool)
+    cut: list[str] = []
     for w, writer in enumerate(readers):
         answers = answers_of(writer.model, prompts, max_new_tokens, 2 * batch_size, size)
         owner = torch.tensor([i for i, a in enumerate(answers) for _ in a], dtype=torch.long)
+        ids = torch.tensor([t for a in answers for t in a], dtype=torch.long)
+        stops = torch.isin(ids, torch.tensor(writer.model._stop_ids(), dtype=torch.long))
+        many = cut_off([len(a) for a in answers], stops, max_new_tokens)
+        cut += said_cut_off(writer.model.label, many, len(answers), max_new_tokens)
         found = along(
             writer, readers, answers, size, top=1, batch_size=batch_size, progress=progress
         )
         for r, steps in enumerate(found):
-            identical[w, r] = not steps.js.any() and torch.equal(
-                steps.logp_base, steps.logp_aligned
-            )
+            identical[w, r] = not steps.differs.any()
             values = torch.stack([(steps.ranks > LIMITS[1]).double(), steps.kl.double()], 1)
             for g in range(len(named)):
                 chosen = member[owner, g]
                 tokens[w, g] = int(chosen.sum())
+                if not chosen.any():
+                    for name in SHOWN:
+                        table[name][:, w, r, g] = torch.nan
+                    continue
                 total, counts = sums(values, owner, chosen, len(answers))
                 both = pooled(total, counts, seed=seed)
                 for k, limits in enumerate((share_intervals(both), both.interval())):
@@ -189,6 +205,6 @@ def shift_matrix(
         tokens=tokens,
         **ends,
         identical=identical,
-        notes=(*checkpoints.notes, *enough(groups, FEW_GROUPS)),
+        notes=(*checkpoints.notes, *enough(groups, FEW_GROUPS), *cut),
         record=record,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.model import HookedModel
@@ -61,6 +61,8 @@ class Steps:
     top_base_p: Float[Tensor, "token top"]
     top_aligned: Int[Tensor, "token top"]
     top_aligned_p: Float[Tensor, "token top"]
+    differs: Bool[Tensor, " token"]
+    """Whether any logit of the ids compared differs, though too little to move a divergence."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields above by name."""
@@ -105,6 +107,7 @@ def compared(
         top_base_p=P.gather(1, best[0]),
         top_aligned=best[1],
         top_aligned_p=Q.gather(1, best[1]),
+        differs=torch.ne(base, aligned).any(1),
     )
 
 

@@ -51,11 +51,14 @@ class RewardRanking(Result):
 
     def balanced(self, reward: str = "summed", seed: int = 0) -> Interval:
         """Mean of the accuracies where the preferred answer is the longer and where it is the
-        shorter one, with a BCa interval over topics: a reward that is only length has one half."""
+        shorter one, with a BCa interval over topics: a reward that is only length has one half.
+        Where no resample differs, as when all pairs are ranked right, the limits are those of the
+        mean of two independent rates (Wilson's, joined after Zou and Donner 2008), not a point."""
         margin, length = self._margin(reward), self.length
-        if not (length > 0).any() or not (length < 0).any():
+        if not self.both_lengths:
             raise ValueError(
-                "the preferred answer is never the longer one, or always: give pairs of both kinds"
+                "the preferred answer is never the longer one, or never the shorter one: give pairs "
+                "of both kinds"
             )
 
         def statistic(rows: Tensor) -> float:
@@ -65,11 +68,23 @@ class RewardRanking(Result):
                 parts.append(float((own > 0).double().mean()) if len(own) else 0.5)
             return sum(parts) / 2
 
-        return bca_bootstrap(statistic, self.topics, seed=seed)
+        found = bca_bootstrap(statistic, self.topics, seed=seed)
+        if found.low < found.high:
+            return found
+        parts = [self._part(reward, length.sign() == sign) for sign in (1, -1)]
+        down = sum((part.value - part.low) ** 2 for part in parts) ** 0.5 / 2
+        up = sum((part.high - part.value) ** 2 for part in parts) ** 0.5 / 2
+        return Interval(found.value, found.value - down, found.value + up)
+
+    @property
+    def both_lengths(self) -> bool:
+        """Whether the preferred answer is the longer one of some pairs and the shorter one of
+        others, without which nothing can be balanced."""
+        return bool((self.length > 0).any() and (self.length < 0).any())
 
     def frame(self) -> "pd.DataFrame":
         """One row per reward and control; `pairs` are those that count. Where nothing counts the
-        row is left out, as of identical models."""
+        row is left out, as of identical models, and so is `balanced` without `both_lengths`."""
         import pandas as pd
 
         rows = []
@@ -79,9 +94,7 @@ class RewardRanking(Result):
                 chosen = (
                     usable & (self.length.abs() <= self.within) if control == "matched" else usable
                 )
-                if not chosen.any() or (
-                    control == "balanced" and len(self.length.sign().unique()) < 2
-                ):
+                if not chosen.any() or (control == "balanced" and not self.both_lengths):
                     continue
                 by = {"none": self.accuracy, "balanced": self.balanced, "matched": self.matched}
                 found = by[control](reward)
@@ -129,17 +142,30 @@ class RewardRanking(Result):
             )
         said = []
         for reward in ("summed", "per_token"):
-            own, even = self.accuracy(reward), self.balanced(reward)
-            said.append(
-                f"{reward.replace('_', ' ')} {own.value:.1%} [{own.low:.1%}, {own.high:.1%}], "
-                f"balanced for length {even.value:.1%} [{even.low:.1%}, {even.high:.1%}]"
-            )
+            name = reward.replace("_", " ")
+            if not self._margin(reward).any():
+                said.append(f"{name} ranks nothing, all are ties")
+                continue
+            own = self.accuracy(reward)
+            text = f"{name} {own.value:.1%} [{own.low:.1%}, {own.high:.1%}], "
+            if self.both_lengths:
+                even = self.balanced(reward)
+                text += f"balanced for length {even.value:.1%} [{even.low:.1%}, {even.high:.1%}]"
+            else:
+                text += "not balanced, because the longer answer is always, or never, the preferred"
+            said.append(text)
         return f"reward ranking {self.strong} over {self.weak}: {'; '.join(said)}"
 
     def _margin(self, reward: str) -> Tensor:
         if reward not in ("summed", "per_token", "length"):
             raise ValueError(f"unknown reward {reward!r}: choose summed, per_token or length")
         return getattr(self, reward).double()
+
+    def _part(self, reward: str, chosen: Tensor) -> Interval:
+        """Accuracy over some pairs; one half, and no idea, where all of them are ties."""
+        if not (chosen & (self._margin(reward) != 0)).any():
+            return Interval(0.5, 0.0, 1.0)
+        return self._share(reward, chosen)
 
     def _share(self, reward: str, chosen: Tensor) -> Interval:
         margin = self._margin(reward)

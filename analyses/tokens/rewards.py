@@ -217,10 +217,8 @@ def log_ratios(
         else:
             own, ends = common_spans(*pieces, len(answer))
         starts = [(0, 0), *ends[:-1]]
-        kept = [
-            not any(a < end and b > start for start, end in text_spans(answer, hidden))
-            for a, b in own
-        ]
+        masked = text_spans(answer, hidden)
+        kept = [not any(a < end and b > start for start, end in masked) for a, b in own]
         if not any(kept):
             raise ValueError(
                 f"answer {i} ({answer[:40]!r}) has nothing but masked text: give it some"

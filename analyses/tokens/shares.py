@@ -30,7 +30,10 @@ class Pooled(NamedTuple):
     jackknife: Float[Tensor, " prompt *column"]
 
     def interval(self) -> Intervals:
-        """95 % BCa limits."""
+        """95 % BCa limits; NaN of one prompt, which does not tell how much prompts differ."""
+        if len(self.jackknife) < 2:
+            none = torch.full_like(self.value, torch.nan)
+            return Intervals(self.value, none, none.clone())
         return bca(*self)
 
     def minus(self, other: "Pooled") -> "Pooled":
@@ -66,8 +69,8 @@ def pooled(
     some = counts > 0
     total, counts = total[some], counts[some]
     n = len(counts)
-    if n < 2:
-        raise ValueError(f"{n} prompts have tokens there: an interval over prompts needs 2")
+    if not n:
+        raise ValueError("0 prompts have tokens there: a mean needs one, an interval needs two")
     if per == "response":
         total, counts = total / counts[:, None], torch.ones_like(counts)
     generator = torch.Generator().manual_seed(seed)
@@ -87,6 +90,8 @@ def share_intervals(found: Pooled) -> Intervals:
     prompts, not a point."""
     limits = found.interval()
     n = len(found.jackknife)
+    if n < 2:
+        return limits
     for k in ((found.value == 0) | (found.value == 1)).nonzero().flatten().tolist():
         bound = wilson(round(n * float(found.value[k])), n)
         limits.low[k], limits.high[k] = bound.low, bound.high
@@ -111,4 +116,22 @@ def enough(groups: Sequence[str], least: int) -> list[str]:
         "so read them as a rough guide."
         for group, n in counts.items()
         if n < least
+    ]
+
+
+def cut_off(counts: Sequence[int], stops: Bool[Tensor, " token"], limit: int | None) -> int:
+    """Answers of `limit` tokens of which the last does not stop; 0 where the limit is unknown."""
+    if limit is None:
+        return 0
+    answers = stops.split(list(counts))
+    return sum(len(own) >= limit and not bool(own[-1]) for own in answers)
+
+
+def said_cut_off(writer: str, cut: int, answers: int, limit: int | None) -> list[str]:
+    """A sentence where answers were cut off."""
+    if not cut:
+        return []
+    return [
+        f"{cut} of {answers} answers of {writer} met the limit of {limit} tokens without a stop: "
+        "what comes behind, and the end of the answer, was not measured."
     ]

@@ -119,6 +119,7 @@ def measured(
                 base=base.label,
                 aligned=aligned.label,
                 base_context=context,
+                limit=max_new_tokens,
                 record=record,
             )
         )

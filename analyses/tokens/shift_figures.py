@@ -49,12 +49,14 @@ def positions(shift: "TokenShift", quantity: str, ax: "Axes | None") -> "Axes":
 
 
 def divergences(shift: "TokenShift", ax: "Axes | None") -> "Axes":
-    """Mean divergences by group."""
+    """Mean divergences by group; a mark without a bar is that of one prompt."""
     ax = figures.axes(ax, 5.0, 3.9)  # room for a legend below
     names = ("kl", "reverse_kl", "js")
     groups = list(dict.fromkeys(shift.groups))
     with figures.theme():
         for i, group in enumerate(groups):
+            if not shift.among(group).any():
+                continue
             means = [shift.mean(name, group) for name in names]
             x = [n + 0.18 * (i - (len(groups) - 1) / 2) for n in range(len(names))]
             error = [[m.value - m.low for m in means], [m.high - m.value for m in means]]

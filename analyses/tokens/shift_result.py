@@ -16,8 +16,10 @@ from analyses.tokens.shares import (
     LIMITS,
     Per,
     Pooled,
+    cut_off,
     enough,
     pooled,
+    said_cut_off,
     share_intervals,
     sums,
 )
@@ -55,6 +57,8 @@ class TokenShift(Result, Steps):
     aligned: str
     base_context: str = "same"
     """What the base read before the answers: one of `contexts.CONTEXTS`."""
+    limit: int | None = None
+    """Tokens an answer could have at most; None where that is not known."""
 
     @property
     def reader(self) -> str:
@@ -94,13 +98,19 @@ class TokenShift(Result, Steps):
 
     @property
     def identical(self) -> bool:
-        """Whether the two gave the same distributions, bit for bit."""
-        return not self.js.any() and torch.equal(self.logp_base, self.logp_aligned)
+        """Whether the two gave the same logits everywhere, bit for bit."""
+        return not self.differs.any()
+
+    @property
+    def truncated(self) -> int:
+        """Answers cut off by `limit`: as long as it, and without a token that stops."""
+        return cut_off(self.counts, self.stops, self.limit)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the numbers should know."""
         found = enough(self.groups, FEW_GROUPS)
+        found += said_cut_off(self.aligned, self.truncated, len(self.prompts), self.limit)
         if self.agreement < 0.99:
             found.append(
                 f"Only {self.agreement:.1%} of the tokens {self.aligned} wrote are its most "
@@ -164,7 +174,8 @@ class TokenShift(Result, Steps):
         per: Per = "token",
     ) -> Intervals:
         """Share of each kind, `[3]`, with BCa intervals over prompts: of all tokens together
-        (`per="token"`), or the mean over answers of each answer's own (`per="response"`)."""
+        (`per="token"`), or the mean over answers of each answer's own (`per="response"`). The
+        limits of one prompt are NaN."""
         kinds = torch.nn.functional.one_hot(self.kinds, len(KINDS))
         chosen = self.among(group, positions, stops=stops, first=first)
         return share_intervals(self.over_prompts(kinds, chosen, per, seed))
@@ -233,11 +244,12 @@ class TokenShift(Result, Steps):
             return head + f"the same distributions at all {len(self.ids)} tokens, bit for bit"
         said = []
         for group in dict.fromkeys(self.groups):
-            try:
-                share = self.shares(group)
-                limits = f" [{share.low[2]:.1%}, {share.high[2]:.1%}]"
-            except ValueError:  # one prompt, or no token, has no interval
-                limits = ""
-            own = self.kinds[self.among(group)] == 2
-            said.append(f"{group} {float(own.double().mean()):.1%}{limits} shifted")
+            chosen = self.among(group)
+            if not chosen.any():
+                said.append(f"{group} has no tokens")
+                continue
+            share = self.shares(group)
+            limits = f" [{share.low[2]:.1%}, {share.high[2]:.1%}]"
+            one = bool(share.low[2].isnan())  # one prompt has no interval
+            said.append(f"{group} {share.value[2]:.1%}{'' if one else limits} shifted")
         return head + "; ".join(said)

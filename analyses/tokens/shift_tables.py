@@ -19,15 +19,19 @@ EDGES = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768
 
 
 def tokens(shift: "TokenShift") -> "pd.DataFrame":
-    """One row a token; divergences and entropies in nats."""
+    """One row a token; divergences and entropies in nats. `position` is from 0, `length` the
+    number T of tokens of the answer, `relative` t / T with t from 1, so that the last has 1."""
     import pandas as pd
 
     owners = shift.owners.tolist()
+    lengths = torch.tensor(shift.counts)[shift.owners]
     return pd.DataFrame(
         {
             "prompt": owners,
             "group": [shift.groups[i] for i in owners],
             "position": shift.places.tolist(),
+            "length": lengths.tolist(),
+            "relative": ((shift.places + 1) / lengths).tolist(),
             "id": shift.ids.tolist(),
             "token": [token for answer in shift.tokens for token in answer],
             "bucket": [BUCKETS[b] for b in shift.buckets.tolist()],
