@@ -221,7 +221,7 @@ def trace_shift(
         swaps = {
             part: ActivationSwap(
                 base, aligned, at.read, at.metric, batch_size,
-                folder if part == "validation" else None, advance,
+                None if folder is None else Path(folder) / part, advance,
             )
             for part, at in found.items()
         }  # fmt: skip
@@ -237,7 +237,8 @@ def trace_shift(
         for part, at in found.items()
         if at.without
     ]
-    notes += [*few(found["validation"].topics), *few(topics), *test.notes]
+    for swap, at in ((swaps["validation"], found["validation"]), (test, found["test"])):
+        notes += [*few(at.topics), *swap.notes, *metrics.gap_note(swap.gap, at.topics)]
     return ShiftedTokens(
         base=base.label,
         aligned=aligned.label,
