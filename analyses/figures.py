@@ -36,6 +36,8 @@ def broken(text: str, width: int = WIDEST) -> str:
 def name_ticks(ax: "Axes", names: Sequence[str]) -> int:
     """Names under the horizontal axis, broken so that they do not touch; gives their lines."""
     room = max(6, WIDEST // len(names))
-    shown = [textwrap.fill(name, room) for name in names]
+    # a word a little too wide is better than a word in two
+    rooms = [max([room, *(len(w) for w in name.split() if len(w) <= room + 3)]) for name in names]
+    shown = [textwrap.fill(name, n) for name, n in zip(names, rooms, strict=True)]
     ax.set_xticks(range(len(names)), shown)
     return 1 + max(name.count("\n") for name in shown)
